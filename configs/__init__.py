@@ -1,0 +1,1 @@
+"""Packaged YAML configurations; ``litropy configs list`` shows them."""

@@ -1,0 +1,1 @@
+"""LightningModules and DataModules that ``litropy fit`` trains."""

@@ -1,0 +1,1 @@
+../../litropy/__init__.py

@@ -1,0 +1,1 @@
+../../litropy/__main__.py

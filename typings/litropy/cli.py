@@ -1,0 +1,1 @@
+../../litropy/cli.py

@@ -1,0 +1,1 @@
+../../litropy/testing.py
