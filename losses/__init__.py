@@ -1,1 +1,6 @@
 """Losses and row statistics of a linear head whose logits are never stored."""
+
+from litropy.losses.cut_cross_entropy import CutCrossEntropyLoss, linear_cross_entropy
+from litropy.losses.linear_head import HeadStats, linear_head_stats
+
+__all__ = ["CutCrossEntropyLoss", "HeadStats", "linear_cross_entropy", "linear_head_stats"]

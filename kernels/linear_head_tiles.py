@@ -1,0 +1,137 @@
+"""How the PyTorch implementation of the linear head cuts its work into tiles that fit a workspace.
+
+Shape key: N rows, D width, V vocabulary; n and v are the sizes of a tile.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from litropy.kernels.linear_head_types import Head
+
+__all__ = [
+    "Rows",
+    "Workspace",
+    "apply_slope_",
+    "cached_parts",
+    "final_logits_",
+    "logit_elements",
+    "ranges",
+    "raw_logits",
+    "tile_shape",
+]
+
+# elements that one elementwise pass works on: few enough that the next pass finds them in the cache
+CACHED = 1 << 19
+# share of the budget that goes to the tile of logits; the rest is for scratch, sums and the matrix library
+_LOGITS_SHARE = 0.7
+# more rows than this do not make the matrix products any faster
+_MAX_ROWS = 16384
+
+
+def ranges(total: int, step: int) -> Iterator[slice]:
+    """Consecutive slices of at most ``step`` that cover ``total``."""
+    return (slice(start, min(start + step, total)) for start in range(0, total, step))
+
+
+def logit_elements(head: Head, budget: int) -> int:
+    """How many logits in the head's dtype a workspace of ``budget`` bytes may hold."""
+    return max(1, int(budget * _LOGITS_SHARE) // head.weight.element_size())
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows that count, in blocks: views where all do, else gathered copies that leave ignored rows out.
+
+    Only on a CPU are ignored rows looked up: anywhere else that would wait for the device.
+    """
+
+    input: Tensor  # [N, D]
+    target: Tensor | None  # [N]
+    valid: Tensor | None  # [M] indices, None for all
+
+    @staticmethod
+    def of(input: Tensor, target: Tensor | None) -> "Rows":
+        """Find the rows that count."""
+        if target is None or target.device.type != "cpu" or not bool((target < 0).any()):
+            return Rows(input, target, None)
+        return Rows(input, target, (target >= 0).nonzero()[:, 0])
+
+    def __len__(self) -> int:
+        return self.input.shape[0] if self.valid is None else self.valid.shape[0]
+
+    def blocks(self, step: int) -> Iterator[tuple[Tensor | slice, Tensor, Tensor | None]]:
+        """Yield the index of each block, its hidden states [n, D] and its targets [n]."""
+        for part in ranges(len(self), step):
+            index = part if self.valid is None else self.valid[part]
+            yield index, self.input[index], None if self.target is None else self.target[index]
+
+
+def tile_shape(rows: Rows, head: Head, budget: int) -> tuple[int, int]:
+    """Rows and columns of a tile of logits."""
+    V, D = head.weight.shape
+    n = min(len(rows), _MAX_ROWS, logit_elements(head, budget))
+    if rows.valid is not None:  # gathered hidden states take room as well
+        n = min(n, max(64, budget // (8 * D * head.weight.element_size())))
+    v = min(V, CACHED, logit_elements(head, budget) // max(1, n))
+    if n < len(rows):  # and so do the sums of the weight's gradient over several blocks
+        v = min(v, max(64, budget // (8 * D * 4)))
+    return max(1, n), max(1, v)
+
+
+class Workspace:
+    """Buffers of one call, allocated once: a tile of logits, and cache-sized scratch for the elementwise passes."""
+
+    def __init__(self, head: Head, n: int, v: int) -> None:
+        scratch = max(1, min(n, CACHED // v)) * v
+        self.logits = head.weight.new_empty(n * v)
+        self.is_half = head.weight.dtype != head.stats_dtype
+        self.u, self.e, self.slope = (head.weight.new_empty(scratch, dtype=head.stats_dtype) for _ in range(3))
+        self.z = self.logits if not self.is_half else head.weight.new_empty(scratch, dtype=head.stats_dtype)
+
+
+def raw_logits(hidden: Tensor, head: Head, columns: slice, work: Workspace) -> Tensor:
+    """``h W^T + b`` of some vocabulary columns, [n, v], in the workspace and the head's dtype."""
+    n, v = hidden.shape[0], columns.stop - columns.start
+    tile = work.logits[: n * v].view(n, v)
+    weight = head.weight[columns].t()
+    if head.bias is None:
+        return torch.mm(hidden, weight, out=tile)
+    return torch.addmm(head.bias[columns], hidden, weight, out=tile)
+
+
+def cached_parts(tile: Tensor, work: Workspace) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
+    """Go through a tile [n, v] a few rows at a time: which rows, their logits in the statistics' dtype, scratch u, e and slope."""
+    n, v = tile.shape
+    for part in ranges(n, max(1, CACHED // v)):
+        raw = tile[part]
+        u, e, slope = (x[: raw.numel()].view(raw.shape) for x in (work.u, work.e, work.slope))
+        yield part, work.z[: raw.numel()].view(raw.shape).copy_(raw) if work.is_half else raw, u, e, slope
+
+
+def final_logits_(z: Tensor, head: Head, inv_temperature: Tensor | None, slope: Tensor | None = None) -> None:
+    """Turn raw logits [n, v] into final ones in place; write d final / d raw into ``slope`` where it is wanted and is not 1.
+
+    Args:
+        z: raw logits.
+        head: softcap and scalar temperature.
+        inv_temperature: one value a row, [n], in place of the scalar.
+        slope: scratch of the shape of ``z``.
+    """
+    scale = head.inv_temperature if inv_temperature is None else inv_temperature[:, None].to(z.dtype)
+    if head.softcap:
+        z.div_(head.softcap).tanh_()
+        if slope is not None:
+            torch.mul(z, z, out=slope).neg_().add_(1).mul_(scale)
+        z.mul_(head.softcap)
+    elif slope is not None and head.has_slope:
+        slope.copy_(scale) if isinstance(scale, Tensor) else slope.fill_(scale)
+    if isinstance(scale, Tensor) or scale != 1:
+        z.mul_(scale)
+
+
+def apply_slope_(dz: Tensor, slope: Tensor, head: Head) -> Tensor:
+    """Chain a gradient with respect to final logits to raw ones, in place."""
+    return dz.mul_(slope) if head.has_slope else dz
