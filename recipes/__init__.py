@@ -1,1 +1,5 @@
 """LightningModules and DataModules that ``litropy fit`` trains."""
+
+from litropy.recipes.language_model import LanguageModel
+
+__all__ = ["LanguageModel"]

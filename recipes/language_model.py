@@ -1,0 +1,396 @@
+"""Language-model training without logits: any Hugging Face causal LM under Lightning."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric
+
+from litropy.recipes.causal_lm import CausalLM, CausalLMOutput
+from litropy.recipes.hugging_face_folder import write_folder
+from litropy.recipes.model_source import build_config, check_vocabulary, load_pretrained, random_model
+from litropy.recipes.optimizers import Schedule, adamw, decay_groups, learning_rate_factor
+from litropy.recipes.parity import check_parity as check_parity_of
+from litropy.recipes.sharding import decoder_layers, full_state_dict, is_sharded, shard
+from litropy.recipes.state_mismatch import explain_mismatch
+from litropy.recipes.token_normalisation import TokenNormaliser, sum_over_ranks
+
+__all__ = ["LanguageModel"]
+
+_STATS = ("entropy", "argmax")
+_DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
+
+
+class LanguageModel(LightningModule):
+    """Train a Hugging Face causal language model through the fused linear cross-entropy.
+
+    The model comes either from ``config`` (random weights) or from ``pretrained``. Each optimiser step follows the mean
+    over all of its targets, whatever the accumulation and the number of ranks.
+
+    Logs a step: ``train/loss`` [nats], ``train/token_accuracy``, ``entropy/output`` [nats], ``train/grad_norm`` (before
+    clipping) and ``train/learning_rate``; an evaluation: ``loss`` and ``entropy`` [nats], ``perplexity`` and
+    ``token_accuracy`` under ``val/`` or ``test/``, means over all targets; once: ``data/unigram_entropy`` [nats] if the
+    data module knows it.
+
+    Args:
+        config: keys of a random model, such as ``{"model_type": "llama", "hidden_size": 64}``, or a JSON file
+            with them.
+        pretrained: name on the Hugging Face hub, or a folder, of a model to start from; give this or ``config``.
+        pad_vocab_to: round the vocabulary size, where it comes from the tokenizer, up to a multiple of this.
+        attention: Hugging Face attention implementation (``sdpa``, ``eager``, ``flash_attention_2``); None takes its
+            default.
+        learning_rate: peak learning rate.
+        weight_decay: decay of matrices; biases and norms have none.
+        decay_embeddings: whether embeddings decay as well.
+        betas: decay rates of AdamW's two moments.
+        eps: AdamW's epsilon.
+        schedule: learning rate after the warm-up: cosine, wsd (stable, then decay) or constant.
+        warmup_steps: optimiser steps of linear warm-up.
+        min_learning_rate_ratio: share of the learning rate that is left at the end of cosine or wsd, from 0 to 1.
+        decay_share: share of all steps during which wsd decays, from 0 to 1.
+        label_smoothing: share of the target's probability that is spread over the vocabulary, from 0 to 1.
+        z_loss: weight of the squared log-sum-exp in the loss.
+        log_stats: log token accuracy and output entropy, from the loss's own pass.
+        gradient_checkpointing: recompute decoder layers in the backward pass, to save memory.
+        compile: compile the decoder layers with torch.compile.
+        check_parity: compare loss and gradients with the model's own on the first batch; off when sharded.
+        generation: options of Hugging Face's ``generate`` for predict, such as ``{"max_new_tokens": 64, "do_sample":
+            true}``.
+
+    Raises:
+        ValueError: if not exactly one of ``config`` and ``pretrained`` is given, or an option is out of its range.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any] | Path | None = None,
+        pretrained: str | None = None,
+        pad_vocab_to: int = 64,
+        attention: str | None = None,
+        learning_rate: float = 3e-4,
+        weight_decay: float = 0.1,
+        decay_embeddings: bool = True,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        schedule: Schedule = "cosine",
+        warmup_steps: int = 0,
+        min_learning_rate_ratio: float = 0.1,
+        decay_share: float = 0.2,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        log_stats: bool = True,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+        check_parity: bool = True,
+        generation: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if (config is None) == (pretrained is None):
+            raise ValueError(
+                "Give either `config` (a model with random weights) or `pretrained` (a name or folder), and not both."
+            )
+        if pad_vocab_to < 1:
+            raise ValueError(
+                f"`pad_vocab_to` is {pad_vocab_to}; it must be at least 1, which leaves the vocabulary as it is."
+            )
+        # bad options of the schedule should be known before a model is built
+        learning_rate_factor(
+            schedule, math.inf if schedule == "constant" else 1, warmup_steps, min_learning_rate_ratio, decay_share
+        )
+        self.save_hyperparameters(logger=False)
+        self.config = config
+        self.pretrained = pretrained
+        self.pad_vocab_to = pad_vocab_to
+        self.attention = attention
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.decay_embeddings = decay_embeddings
+        self.betas = betas
+        self.eps = eps
+        self.schedule = schedule
+        self.warmup_steps = warmup_steps
+        self.min_learning_rate_ratio = min_learning_rate_ratio
+        self.decay_share = decay_share
+        self.loss_options = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+        self.stats = _STATS if log_stats else ()
+        self.gradient_checkpointing = gradient_checkpointing
+        self.compile_layers = compile
+        self.check_parity = check_parity
+        self.generation = dict(generation or {})
+        self.model: CausalLM | None = None
+        names = ("loss", "token_accuracy", "entropy") if log_stats else ("loss",)
+        self.metrics = nn.ModuleDict(
+            {
+                stage: nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in names})
+                for stage in ("val", "test")
+            }
+        )
+        self._normaliser = TokenNormaliser()
+        self._sums: Tensor | None = None
+        self._grad_norm: Tensor | None = None
+
+    # the model
+
+    @property
+    def causal_lm(self) -> Any:
+        """The Hugging Face model."""
+        return self._built.causal_lm
+
+    @property
+    def _built(self) -> CausalLM:
+        if self.model is None:
+            raise ValueError("The model does not exist yet; the trainer builds it, or call `configure_model()`.")
+        return self.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The data module's tokenizer, or None."""
+        datamodule = getattr(self._trainer, "datamodule", None)
+        return getattr(datamodule, "tokenizer", None)
+
+    def configure_model(self) -> None:
+        """Build the model, and compile and shard it as asked; calling this again changes nothing."""
+        if self.model is not None:
+            return
+        trainer, tokenizer = self._trainer, self.tokenizer
+        precision = trainer.precision if trainer is not None else "32-true"
+        dtype = _DTYPES.get(precision, torch.float32)
+        if self.pretrained is not None:
+            causal_lm = load_pretrained(self.pretrained, dtype, self.attention)
+        else:
+            assert self.config is not None
+            seed = torch.initial_seed() if trainer is None else trainer.strategy.broadcast(torch.initial_seed())
+            # the weights depend on the seed alone, equal on every rank, and not on what the data module drew before
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                causal_lm = random_model(build_config(self.config, tokenizer, self.pad_vocab_to), dtype, self.attention)
+        if tokenizer is not None:
+            check_vocabulary(tokenizer, causal_lm)
+        causal_lm.train()
+        self._adopt(causal_lm, precision)
+
+    def _adopt(self, causal_lm: Any, precision: str) -> None:
+        model = CausalLM(causal_lm)
+        if self.gradient_checkpointing:
+            causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if self.compile_layers:
+            for layer in decoder_layers(model.backbone):
+                layer.compile()
+        if self.device_mesh is not None:
+            shard(model, self.device_mesh, precision)
+        self.model = model
+
+    def setup(self, stage: str) -> None:
+        """Refuse strategies under which the loss or the token mean would be wrong."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FSDPStrategy):
+            raise ValueError("FSDPStrategy hides the output head; shard with ModelParallelStrategy (FSDP2) instead.")
+        if isinstance(strategy, DeepSpeedStrategy) and self.trainer.accumulate_grad_batches > 1:
+            raise ValueError(
+                f"accumulate_grad_batches={self.trainer.accumulate_grad_batches} under DeepSpeed would not give the"
+                f" mean over tokens;"
+                " use ModelParallelStrategy or DDP, or accumulate_grad_batches=1 with a larger batch."
+            )
+
+    # training
+
+    def on_train_start(self) -> None:
+        """Prepare the count of targets, and log what the data module knows about its data."""
+        self._normaliser = TokenNormaliser(self.trainer.world_size)
+        entropy = getattr(getattr(self.trainer, "datamodule", None), "unigram_entropy", None)
+        if entropy is not None:
+            for logger in self.loggers:
+                logger.log_metrics({"data/unigram_entropy": float(entropy)}, step=self.trainer.global_step)
+
+    def on_train_batch_start(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Compare the loss with the model's own, once."""
+        if not self.check_parity:
+            return
+        self.check_parity = False
+        if is_sharded(self._built) or isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            rank_zero_info("Parity check: skipped, because the model is sharded.")
+            return
+        errors = check_parity_of(self._built, batch)
+        worst = max(errors.values())
+        rank_zero_info(
+            f"Parity check: loss and gradients agree with the model's own (largest relative error {worst:.1g})."
+        )
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """Loss of a micro-batch, divided so that the whole step follows the mean over its targets."""
+        first = batch_idx % self.trainer.accumulate_grad_batches == 0
+        num_targets = (batch["labels"][:, 1:] != -100).sum()
+        divisor = self._normaliser.divisor(num_targets, first)
+        output = self._built(batch, num_items=divisor, **self.loss_options, return_stats=self.stats)
+        sums = torch.stack([output.loss.detach() * divisor, num_targets, *_sums_of(output)])
+        self._sums = sums if first or self._sums is None else self._sums + sums
+        return output.loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Correct the accumulated gradients to the token mean, and log the step."""
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        window = self.trainer.accumulate_grad_batches
+        if window > 1 and gradients:
+            local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+            torch._foreach_mul_(local, self._normaliser.correction(window))
+        if gradients:
+            self._grad_norm = torch.nn.utils.get_total_norm(gradients)
+            norm = self._grad_norm
+            self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        assert self._sums is not None
+        loss, count, *stats = sum_over_ranks(self._sums).unbind()
+        self._sums = None
+        count = count.clamp(min=1)
+        self.log("train/loss", loss / count, prog_bar=True)
+        for name, value in zip(("entropy/output", "train/token_accuracy"), stats, strict=False):
+            self.log(name, value / count)
+        self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip with the norm that was computed for the log; works for shards and fused optimisers."""
+        if not gradient_clip_val:
+            return
+        parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
+        if gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        elif parameters:
+            assert self._grad_norm is not None
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self._grad_norm)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW with decay groups and a schedule that is a function of the step."""
+        groups = decay_groups([self._built], self.weight_decay, self.decay_embeddings)
+        # a gradient scaler leaves unscaling to fused optimisers, which is too late for clipping
+        optimizer = adamw(groups, self.learning_rate, self.betas, self.eps, fused=self.trainer.precision != "16-mixed")
+        factor = learning_rate_factor(
+            self.schedule,
+            self.trainer.estimated_stepping_batches if self.schedule != "constant" else math.inf,
+            self.warmup_steps,
+            self.min_learning_rate_ratio,
+            self.decay_share,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+    # evaluation and prediction
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Add a batch to the means of the validation set."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Add a batch to the means of the test set."""
+        self._evaluate(batch, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means of the validation set."""
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the means of the test set."""
+        self._log_evaluation("test")
+
+    def _evaluate(self, batch: Mapping[str, Tensor], stage: str) -> None:
+        output = self._built(batch, router_loss=False, return_stats=self.stats)
+        metrics: Any = self.metrics[stage]
+        metrics["loss"].update(output.loss, output.num_targets)
+        count = output.num_targets.clamp(min=1)
+        for name, value in zip(("entropy", "token_accuracy"), _sums_of(output), strict=False):
+            metrics[name].update(value / count, output.num_targets)
+
+    def _log_evaluation(self, stage: str) -> None:
+        metrics: Any = self.metrics[stage]
+        values = {name: metric.compute() for name, metric in metrics.items()}
+        values["perplexity"] = values["loss"].exp()
+        # metrics are already those of all ranks; the flag only tells Lightning so
+        for name, value in values.items():
+            self.log(f"{stage}/{name}", value, prog_bar=name == "loss", sync_dist=True)
+        for metric in metrics.values():
+            metric.reset()
+
+    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> list[dict[str, str]]:
+        """Continue prompts that are padded on the left.
+
+        Args:
+            batch: ``input_ids`` and ``attention_mask`` [B, T].
+            batch_idx: not used.
+
+        Returns:
+            One ``{"prompt": ..., "completion": ...}`` a row.
+
+        Raises:
+            ValueError: if there is no tokenizer.
+        """
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            raise ValueError("Prediction needs a data module with a `tokenizer`, to turn tokens into text.")
+        options: dict[str, Any] = {"synced_gpus": True} if is_sharded(self._built) else {}
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        options |= {"pad_token_id": pad, **self.generation}
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        tokens = self._built.generate(input_ids=ids, attention_mask=mask, **options)
+        prompts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        completions = tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True)
+        return [{"prompt": p, "completion": c} for p, c in zip(prompts, completions, strict=True)]
+
+    def num_tokens_in_batch(self, batch: Mapping[str, Tensor]) -> int:
+        """How many input tokens a batch has, padding included; from its shape, without waiting for the device."""
+        return batch["input_ids"].numel()
+
+    # checkpoints
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write weights, config and tokenizer as a Hugging Face folder; every rank must call this.
+
+        Args:
+            folder: where to write; an earlier Hugging Face folder there is replaced, anything else is left alone.
+
+        Raises:
+            ValueError: if the folder exists and is no Hugging Face folder.
+        """
+        weights = full_state_dict(self.causal_lm)
+        if self._trainer is None or self._trainer.is_global_zero:
+            write_folder(self.causal_lm, self.tokenizer, Path(folder), weights)
+        if self._trainer is not None:
+            self._trainer.strategy.barrier()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the model's config beside its weights."""
+        checkpoint["causal_lm_config"] = self.causal_lm.config.to_json_string(use_diff=False)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say in one sentence how a checkpoint of another model differs from this one.
+
+        Raises:
+            ValueError: naming the first differing parameters.
+        """
+        config = json.loads(checkpoint.get("causal_lm_config", "{}"))
+        if "state_dict" in checkpoint and not is_sharded(self._built):
+            reason = explain_mismatch(
+                self.state_dict(), checkpoint["state_dict"], self.causal_lm.config.to_dict(), config
+            )
+            if reason:
+                raise ValueError(reason)
+
+
+def _sums_of(output: CausalLMOutput) -> list[Tensor]:
+    """Sums over targets of entropy and of right guesses, if the pass has computed them."""
+    stats = output.stats
+    if stats is None or stats.entropy is None or stats.argmax is None:
+        return []
+    return [stats.entropy.sum(), (stats.argmax == output.targets).sum()]
