@@ -85,7 +85,7 @@ class Workspace:
     """Buffers of one call, allocated once: a tile of logits, and cache-sized scratch for the elementwise passes."""
 
     def __init__(self, head: Head, n: int, v: int) -> None:
-        scratch = max(1, min(n, CACHED // v)) * v
+        scratch = min(n * v, max(CACHED, v))
         self.logits = head.weight.new_empty(n * v)
         self.is_half = head.weight.dtype != head.stats_dtype
         self.u, self.e, self.slope = (head.weight.new_empty(scratch, dtype=head.stats_dtype) for _ in range(3))
