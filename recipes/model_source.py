@@ -79,9 +79,16 @@ def build_config(config: dict[str, Any] | str | Path, tokenizer: Any = None, pad
 
 
 def random_model(config: PretrainedConfig, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
-    """Build a model with random weights; they depend on PyTorch's random state alone."""
+    """Build a model with random weights; they depend on PyTorch's random state alone.
+
+    Raises:
+        ValueError: if the config's numbers do not make a model.
+    """
     options = {"attn_implementation": attention} if attention else {}
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    except (AttributeError, ImportError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"`config` does not make a {config.model_type} model: {error}") from error
 
 
 def load_pretrained(name: str, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:

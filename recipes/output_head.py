@@ -89,14 +89,14 @@ def _stand_ins(backbone: nn.Module, head: nn.Linear, hidden: Tensor, raw: Tensor
         return raw.clone()
 
     own = vars(backbone).get("forward")
-    backbone.forward = forward  # type: ignore[method-assign]
+    backbone.forward = forward
     handle = head.register_forward_hook(replace)
     try:
         yield trace
     finally:
         del backbone.forward
         if own is not None:
-            backbone.forward = own  # type: ignore[method-assign]
+            backbone.forward = own
         handle.remove()
 
 
