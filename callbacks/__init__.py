@@ -1,1 +1,19 @@
-"""Lightning callbacks of the litropy recipes."""
+"""Lightning callbacks."""
+
+from litropy.callbacks.curves import Curves
+from litropy.callbacks.hugging_face_folder import HuggingFaceFolder
+from litropy.callbacks.last_checkpoint import LastCheckpoint
+from litropy.callbacks.metrics_file import MetricsFile
+from litropy.callbacks.progress_bar import StepProgressBar
+from litropy.callbacks.run_report import RunReport
+from litropy.callbacks.throughput import Throughput
+
+__all__ = [
+    "Curves",
+    "HuggingFaceFolder",
+    "LastCheckpoint",
+    "MetricsFile",
+    "RunReport",
+    "StepProgressBar",
+    "Throughput",
+]

@@ -1,0 +1,1 @@
+../../litropy/config_files.py

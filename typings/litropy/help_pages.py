@@ -1,0 +1,1 @@
+../../litropy/help_pages.py

@@ -1,0 +1,1 @@
+../../litropy/lightning_cli.py

@@ -1,0 +1,1 @@
+../../litropy/parse_errors.py

@@ -1,0 +1,1 @@
+../../litropy/run_folder.py
