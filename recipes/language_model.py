@@ -12,18 +12,18 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric
 
 from litropy.recipes.causal_lm import CausalLM, CausalLMOutput
+from litropy.recipes.gradients import Gradients
 from litropy.recipes.hugging_face_folder import write_folder
 from litropy.recipes.model_source import build_config, check_vocabulary, load_pretrained, random_model
 from litropy.recipes.optimizers import Schedule, adamw, decay_groups, learning_rate_factor
 from litropy.recipes.parity import check_parity as check_parity_of
 from litropy.recipes.sharding import decoder_layers, full_state_dict, is_sharded, shard
 from litropy.recipes.state_mismatch import explain_mismatch
+from litropy.recipes.token_mean import TokenMean
 from litropy.recipes.token_normalisation import TokenNormaliser, sum_over_ranks
 
 __all__ = ["LanguageModel"]
@@ -129,16 +129,13 @@ class LanguageModel(LightningModule):
         self.check_parity = check_parity
         self.generation = dict(generation or {})
         self.model: CausalLM | None = None
-        names = ("loss", "token_accuracy", "entropy") if log_stats else ("loss",)
+        names = ("loss", "entropy", "token_accuracy") if log_stats else ("loss",)
         self.metrics = nn.ModuleDict(
-            {
-                stage: nn.ModuleDict({name: MeanMetric(nan_strategy="disable") for name in names})
-                for stage in ("val", "test")
-            }
+            {stage: nn.ModuleDict({name: TokenMean() for name in names}) for stage in ("val", "test")}
         )
         self._normaliser = TokenNormaliser()
         self._sums: Tensor | None = None
-        self._grad_norm: Tensor | None = None
+        self._gradients: Gradients | None = None
 
     # the model
 
@@ -239,15 +236,12 @@ class LanguageModel(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Correct the accumulated gradients to the token mean, and log the step."""
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        self._gradients = Gradients(self.parameters())
         window = self.trainer.accumulate_grad_batches
-        if window > 1 and gradients:
-            local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-            torch._foreach_mul_(local, self._normaliser.correction(window))
-        if gradients:
-            self._grad_norm = torch.nn.utils.get_total_norm(gradients)
-            norm = self._grad_norm
-            self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if window > 1:
+            self._gradients.scale(self._normaliser.correction(window))
+        if self._gradients.tensors:
+            self.log("train/grad_norm", self._gradients.norm())
         assert self._sums is not None
         loss, count, *stats = sum_over_ranks(self._sums).unbind()
         self._sums = None
@@ -264,14 +258,14 @@ class LanguageModel(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip with the norm that was computed for the log; works for shards and fused optimisers."""
-        if not gradient_clip_val:
+        # let go of the gradients, which would otherwise outlive the step
+        gradients, self._gradients = self._gradients, None
+        if not gradient_clip_val or gradients is None:
             return
-        parameters = [parameter for parameter in self.parameters() if parameter.grad is not None]
         if gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
-        elif parameters:
-            assert self._grad_norm is not None
-            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, self._grad_norm)
+            gradients.clamp(gradient_clip_val)
+        else:
+            gradients.clip(gradient_clip_val)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with decay groups and a schedule that is a function of the step."""
@@ -308,10 +302,9 @@ class LanguageModel(LightningModule):
     def _evaluate(self, batch: Mapping[str, Tensor], stage: str) -> None:
         output = self._built(batch, router_loss=False, return_stats=self.stats)
         metrics: Any = self.metrics[stage]
-        metrics["loss"].update(output.loss, output.num_targets)
-        count = output.num_targets.clamp(min=1)
-        for name, value in zip(("entropy", "token_accuracy"), _sums_of(output), strict=False):
-            metrics[name].update(value / count, output.num_targets)
+        count = output.num_targets
+        for name, total in zip(metrics, (output.loss * count, *_sums_of(output)), strict=True):
+            metrics[name].update(total, count)
 
     def _log_evaluation(self, stage: str) -> None:
         metrics: Any = self.metrics[stage]
@@ -363,7 +356,7 @@ class LanguageModel(LightningModule):
         Raises:
             ValueError: if the folder exists and is no Hugging Face folder.
         """
-        weights = full_state_dict(self.causal_lm)
+        weights = {name.removeprefix("causal_lm."): value for name, value in full_state_dict(self._built).items()}
         if self._trainer is None or self._trainer.is_global_zero:
             write_folder(self.causal_lm, self.tokenizer, Path(folder), weights)
         if self._trainer is not None:
