@@ -1,9 +1,9 @@
-"""Compile every Triton kernel for every supported GPU, none of which has to be there, and read off what each kernel takes.
+"""Compile every Triton kernel for every supported GPU, without owning one, and read off what each kernel takes.
 
-``python -m litropy.kernels.compile_report`` prints the table. It must run in a process of its own, without ``TRITON_INTERPRET``: the
-compiler and the interpreter do not share one.
+``python -m litropy.kernels.compile_report`` prints the table. It must run in a process of its own, without
+``TRITON_INTERPRET``: the compiler and the interpreter do not share one.
 
-Shared memory is what a program is launched with; spills are registers that went to memory, which a good tile has none of.
+Shared memory is what a program is launched with; spills are bytes of registers that went to memory.
 """
 
 import re
@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from litropy.kernels.linear_head_triton import gradient_kernel, statistics_kernel
+from litropy.kernels.linear_head_triton_kernels import gradient_kernel, statistics_kernel
 from litropy.kernels.tile_configs import tile_config
 
 __all__ = ["SHARED_MEMORY_LIMIT", "TARGETS", "CompiledKernel", "compile_kernel", "compile_report"]

@@ -1,11 +1,12 @@
-"""The linear head as PyTorch operators: row statistics with a backward pass, and a loss whose gradient comes in the forward pass.
+"""The linear head as PyTorch operators: row statistics, and a loss whose gradient comes with the forward pass.
 
-For hidden states h [N, D], head weight W [V, D] and logits z that are never stored, see ``linear_head_reference.py`` for the
-mathematics and README.md in this folder for how it is computed. Both operators work under ``torch.compile(fullgraph=True)``.
+For hidden states h [N, D], head weight W [V, D] and logits z that are never stored, see ``linear_head_reference.py``
+for the mathematics and README.md in this folder for how it is computed. Both work under
+``torch.compile(fullgraph=True)``.
 
-* ``linear_head_rows`` gives each row's log-probability, log-sum-exp, entropy, mean log-probability and argmax. Its backward pass turns
-  cotangents of the first four into the gradients of h, W and b, recomputing the logits. Triton or PyTorch.
-* ``linear_head_loss`` gives ``sum_n w_n loss_n`` for row weights known beforehand. PyTorch only.
+* ``linear_head_rows`` gives each row's log-probability, log-sum-exp, entropy, mean log-probability and argmax. Its
+  backward pass recomputes the logits and turns cotangents of the first four into gradients of h, W and b.
+* ``linear_head_loss`` gives ``sum_n w_n loss_n`` for row weights known beforehand (PyTorch implementation only).
 
 Shape key: N rows, D width, V vocabulary.
 """
@@ -22,8 +23,10 @@ from litropy.kernels.linear_head_types import Cotangents, Head, RowStats, Want, 
 
 __all__ = ["linear_head_loss", "linear_head_rows"]
 
-Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor]
+# loss, statistics, gradients; spelled out, because an operator's schema is inferred from it
+LossOutput = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _check_target(target: Tensor | None, vocabulary: int) -> None:
@@ -38,7 +41,7 @@ def _check_target(target: Tensor | None, vocabulary: int) -> None:
 def _empty_gradients(
     input: Tensor, weight: Tensor, bias: Tensor | None, need_input: bool, need_weight: bool, need_bias: bool
 ) -> Gradients:
-    """Zeros in the shape of each gradient that is needed, and empty tensors for the others (an operator returns no None)."""
+    """Zeros in the shape of each gradient that is needed, and empty tensors for the others, as operators do."""
 
     def zeros(wanted: bool, like: Tensor | None) -> Tensor:
         if wanted and like is not None:
@@ -54,7 +57,15 @@ def _wanted(gradients: Gradients, *need: bool) -> tuple[Tensor | None, Tensor | 
 
 
 def _fields(stats: RowStats) -> Statistics:
-    return stats.logprob, stats.lse, stats.entropy, stats.mean_logprob, stats.argmax
+    return (
+        stats.logprob,
+        stats.lse,
+        stats.max_logit,
+        stats.max_logprob,
+        stats.entropy,
+        stats.mean_logprob,
+        stats.argmax,
+    )
 
 
 @custom_op("litropy::linear_head_rows", mutates_args=())
@@ -113,7 +124,8 @@ def _rows_backward(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor | None,
-    lse: Tensor,
+    max_logit: Tensor,
+    max_logprob: Tensor,
     entropy: Tensor,
     inv_temperature: float,
     row_inv_temperature: Tensor | None,
@@ -125,7 +137,8 @@ def _rows_backward(
     budget: int,
 ) -> Gradients:
     head = Head(weight, bias, inv_temperature, row_inv_temperature, softcap)
-    stats = RowStats(lse[:0], lse, entropy, lse[:0], lse[:0])
+    empty = max_logit[:0]
+    stats = RowStats(empty, max_logit - max_logprob, max_logit, max_logprob, entropy, empty, empty)
     cotangents = Cotangents(g_logprob, g_lse, g_entropy, g_mean_logprob)
     gradients = _empty_gradients(input, weight, bias, need_input, need_weight, need_bias)
     wanted = _wanted(gradients, need_input, need_weight, need_bias)
@@ -148,7 +161,8 @@ def _(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor | None,
-    lse: Tensor,
+    max_logit: Tensor,
+    max_logprob: Tensor,
     entropy: Tensor,
     inv_temperature: float,
     row_inv_temperature: Tensor | None,
@@ -177,15 +191,15 @@ def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: Statistics) -> None:
         ctx.impl,
         ctx.budget,
     ) = inputs
-    _, lse, entropy, _, argmax = output
+    _, _, max_logit, max_logprob, entropy, _, argmax = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(argmax)
-    ctx.save_for_backward(input, weight, bias, target, row_inv_temperature, lse, entropy)
+    ctx.mark_non_differentiable(max_logit, max_logprob, argmax)
+    ctx.save_for_backward(input, weight, bias, target, row_inv_temperature, max_logit, max_logprob, entropy)
 
 
 def _rows_autograd(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-    input, weight, bias, target, row_inv_temperature, lse, entropy = ctx.saved_tensors
-    g_logprob, g_lse, g_entropy, g_mean_logprob, _ = (
+    input, weight, bias, target, row_inv_temperature, max_logit, max_logprob, entropy = ctx.saved_tensors
+    g_logprob, g_lse, _, _, g_entropy, g_mean_logprob, _ = (
         None if g is None or not g.numel() else g.contiguous() for g in cotangents
     )
     need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
@@ -198,7 +212,8 @@ def _rows_autograd(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
         weight,
         bias,
         target,
-        lse,
+        max_logit,
+        max_logprob,
         entropy,
         ctx.inv_temperature,
         row_inv_temperature,
@@ -233,7 +248,7 @@ def _loss(
     need_weight: bool,
     need_bias: bool,
     budget: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> LossOutput:
     _check_target(target, weight.shape[0])
     head = Head(weight, bias, inv_temperature, row_inv_temperature, softcap)
     want = Want(entropy, label_smoothing > 0, argmax)
@@ -241,7 +256,7 @@ def _loss(
     wanted = _wanted(gradients, need_input, need_weight, need_bias)
     stats = fused_gradients(input, head, target, row_weight, label_smoothing, z_loss, want, wanted, budget)
     loss = (row_weight * row_losses(stats, label_smoothing, z_loss)).sum()
-    return loss, stats.logprob, stats.lse, stats.entropy, stats.argmax, *gradients
+    return loss, *_fields(stats), *gradients
 
 
 @_loss.register_fake
@@ -262,11 +277,11 @@ def _(
     need_weight: bool,
     need_bias: bool,
     budget: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> LossOutput:
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    stats = RowStats.zeros(input.shape[0], input, dtype, True, Want(entropy, False, argmax))
+    stats = RowStats.zeros(input.shape[0], input, dtype, True, Want(entropy, label_smoothing > 0, argmax))
     gradients = _empty_gradients(input, weight, bias, need_input, need_weight, need_bias)
-    return stats.lse.new_zeros(()), stats.logprob, stats.lse, stats.entropy, stats.argmax, *gradients
+    return stats.lse.new_zeros(()), *_fields(stats), *gradients
 
 
 def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -275,8 +290,9 @@ def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     # held by the context alone, so that the backward pass can give them away instead of copying [V, D] numbers
-    ctx.gradients = output[5:]
-    ctx.save_for_backward(input, weight, bias, target, row_weight, row_inv_temperature, output[2])
+    _, _, _, max_logit, max_logprob, *_ = output
+    ctx.gradients = output[-3:]
+    ctx.save_for_backward(input, weight, bias, target, row_weight, row_inv_temperature, max_logit, max_logprob)
 
 
 def _loss_autograd(ctx: Any, g_loss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
@@ -285,15 +301,16 @@ def _loss_autograd(ctx: Any, g_loss: Tensor | None, *_: Tensor | None) -> tuple[
         return (None, None, None, *nothing)
     if ctx.gradients is None:  # a second backward pass through a retained graph: the first one gave the gradients away
         return (*_recomputed_gradients(ctx, g_loss), *nothing)
-    gradients, ctx.gradients = _wanted(ctx.gradients, *ctx.need), None
-    if torch.compiler.is_compiling() or g_loss.device.type != "cpu" or float(g_loss) != 1:
-        gradients = tuple(None if gradient is None else gradient.mul_(g_loss) for gradient in gradients)
+    gradients, ctx.gradients = ctx.gradients, None
+    for gradient in gradients:
+        gradient.mul_(g_loss)
+    gradients = _wanted(gradients, *ctx.need)
     return (*gradients, *nothing)
 
 
 def _recomputed_gradients(ctx: Any, g_loss: Tensor) -> tuple[Tensor | None, ...]:
-    input, weight, bias, target, row_weight, row_inv_temperature, lse = ctx.saved_tensors
-    cotangents = loss_cotangents(g_loss * row_weight, lse, ctx.label_smoothing, ctx.z_loss)
+    input, weight, bias, target, row_weight, row_inv_temperature, max_logit, max_logprob = ctx.saved_tensors
+    cotangents = loss_cotangents(g_loss * row_weight, max_logit - max_logprob, ctx.label_smoothing, ctx.z_loss)
     gradients = _rows_backward(
         cotangents.logprob,
         cotangents.lse,
@@ -303,8 +320,9 @@ def _recomputed_gradients(ctx: Any, g_loss: Tensor) -> tuple[Tensor | None, ...]
         weight,
         bias,
         target,
-        lse,
-        lse[:0],
+        max_logit,
+        max_logprob,
+        max_logit[:0],
         ctx.inv_temperature,
         row_inv_temperature,
         ctx.softcap,
@@ -357,7 +375,7 @@ def linear_head_loss(
     want: Want,
     budget: int,
 ) -> tuple[Tensor, RowStats]:
-    """``sum_n row_weight_n loss_n`` and the rows' detached statistics; gradients are computed here and scaled in the backward pass.
+    """``sum_n row_weight_n loss_n`` and the rows' detached statistics; the backward pass only scales gradients.
 
     Args:
         input: hidden states, [N, D], in the dtype of the head.
@@ -386,5 +404,4 @@ def linear_head_loss(
         *need,
         budget,
     )
-    logprob, lse, entropy, argmax = stats[:4]
-    return loss, RowStats(logprob, lse, entropy, lse[:0], argmax)
+    return loss, RowStats(*stats[:-3])

@@ -1,8 +1,9 @@
 """Loss and gradients of a linear head in one pass of plain PyTorch, for losses that weigh each row by a known number.
 
-A block of whole rows of logits fits the workspace, so its softmax gradient follows at once and nothing is recomputed: 6 N D V
-floating-point operations instead of the 8 of statistics followed by a backward pass. The gradients are those of
-``sum_n row_weight_n ((1 - s) nll + s mean_v(-log p_v) + z_loss lse^2)``; what autograd multiplies them by comes later.
+A block of whole rows of logits fits the workspace, so its softmax gradient follows at once and nothing is recomputed:
+6 N D V floating-point operations instead of the 8 of statistics followed by a backward pass. The gradients are those
+of ``sum_n row_weight_n ((1 - s) nll + s mean_v(-log p_v) + z_loss lse^2)``; what autograd multiplies them by comes
+later.
 
 Shape key: N rows, D width, V vocabulary; n is the number of rows in a block.
 """
@@ -11,10 +12,10 @@ import torch
 from torch import Tensor
 
 from litropy.kernels.linear_head_tiles import (
-    CACHED,
     Rows,
     Workspace,
     apply_slope_,
+    cached_elements,
     cached_parts,
     final_logits_,
     logit_elements,
@@ -35,7 +36,7 @@ def fused_rows(num_rows: int, head: Head, budget: int) -> int:
     """Rows in a block of whole rows, or 0 where statistics followed by a backward pass are the better way."""
     V = head.weight.shape[0]
     n = min(num_rows, logit_elements(head, budget) // V)
-    if n < min(num_rows, _MIN_ROWS) or V > CACHED:
+    if n < min(num_rows, _MIN_ROWS) or cached_elements(budget) < V:
         return 0
     return 0 if head.weight.dtype != head.stats_dtype and n * _MAX_HALF_ROUNDINGS < num_rows else n
 
@@ -68,7 +69,7 @@ def fused_gradients(
     V = head.weight.shape[0]
     rows = Rows.of(input, target)
     n_max = max(1, fused_rows(len(rows), head, budget))
-    work = Workspace(head, n_max, V)
+    work = Workspace(head, n_max, V, budget)
     sum_bias = None if d_bias is None else torch.zeros_like(d_bias, dtype=head.stats_dtype)
     stats = RowStats.zeros(input.shape[0], input, head.stats_dtype, True, want)
     for index, hidden, block_target in rows.blocks(n_max):

@@ -38,8 +38,8 @@ def linear_head_reference(
         softcap: bound of the logits, ``softcap * tanh(z / softcap)``.
 
     Returns:
-        ``logprob`` (only with a target), ``lse``, ``entropy``, ``mean_logprob`` (mean over the vocabulary) and ``argmax``,
-        each of shape [N]; float64 for float64 inputs, else float32.
+        ``logprob`` (only with a target), ``lse``, ``entropy``, ``mean_logprob`` (mean over the vocabulary) and
+        ``argmax``, each of shape [N]; float64 for float64 inputs, else float32.
     """
     z = F.linear(input, weight, bias)
     if z.dtype != torch.float64:

@@ -15,6 +15,7 @@ __all__ = [
     "Rows",
     "Workspace",
     "apply_slope_",
+    "cached_elements",
     "cached_parts",
     "final_logits_",
     "logit_elements",
@@ -24,7 +25,7 @@ __all__ = [
 ]
 
 # elements that one elementwise pass works on: few enough that the next pass finds them in the cache
-CACHED = 1 << 19
+_CACHED = 1 << 19
 # share of the budget that goes to the tile of logits; the rest is for scratch, sums and the matrix library
 _LOGITS_SHARE = 0.7
 # more rows than this do not make the matrix products any faster
@@ -39,6 +40,11 @@ def ranges(total: int, step: int) -> Iterator[slice]:
 def logit_elements(head: Head, budget: int) -> int:
     """How many logits in the head's dtype a workspace of ``budget`` bytes may hold."""
     return max(1, int(budget * _LOGITS_SHARE) // head.weight.element_size())
+
+
+def cached_elements(budget: int) -> int:
+    """How many elements the scratch of the elementwise passes may hold: four of them take an eighth of the budget."""
+    return max(1, min(_CACHED, budget // 128))
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ def tile_shape(rows: Rows, head: Head, budget: int) -> tuple[int, int]:
     n = min(len(rows), _MAX_ROWS, logit_elements(head, budget))
     if rows.valid is not None:  # gathered hidden states take room as well
         n = min(n, max(64, budget // (8 * D * head.weight.element_size())))
-    v = min(V, CACHED, logit_elements(head, budget) // max(1, n))
+    v = min(V, cached_elements(budget), logit_elements(head, budget) // max(1, n))
     if n < len(rows):  # and so do the sums of the weight's gradient over several blocks
         v = min(v, max(64, budget // (8 * D * 4)))
     return max(1, n), max(1, v)
@@ -84,8 +90,9 @@ def tile_shape(rows: Rows, head: Head, budget: int) -> tuple[int, int]:
 class Workspace:
     """Buffers of one call, allocated once: a tile of logits, and cache-sized scratch for the elementwise passes."""
 
-    def __init__(self, head: Head, n: int, v: int) -> None:
-        scratch = min(n * v, max(CACHED, v))
+    def __init__(self, head: Head, n: int, v: int, budget: int) -> None:
+        self.cached = max(v, cached_elements(budget))
+        scratch = min(n * v, self.cached)
         self.logits = head.weight.new_empty(n * v)
         self.is_half = head.weight.dtype != head.stats_dtype
         self.u, self.e, self.slope = (head.weight.new_empty(scratch, dtype=head.stats_dtype) for _ in range(3))
@@ -103,16 +110,16 @@ def raw_logits(hidden: Tensor, head: Head, columns: slice, work: Workspace) -> T
 
 
 def cached_parts(tile: Tensor, work: Workspace) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
-    """Go through a tile [n, v] a few rows at a time: which rows, their logits in the statistics' dtype, scratch u, e and slope."""
+    """Go through a tile [n, v] a few rows at a time: the rows, their logits in the statistics' dtype, scratch."""
     n, v = tile.shape
-    for part in ranges(n, max(1, CACHED // v)):
+    for part in ranges(n, max(1, work.cached // v)):
         raw = tile[part]
         u, e, slope = (x[: raw.numel()].view(raw.shape) for x in (work.u, work.e, work.slope))
         yield part, work.z[: raw.numel()].view(raw.shape).copy_(raw) if work.is_half else raw, u, e, slope
 
 
 def final_logits_(z: Tensor, head: Head, inv_temperature: Tensor | None, slope: Tensor | None = None) -> None:
-    """Turn raw logits [n, v] into final ones in place; write d final / d raw into ``slope`` where it is wanted and is not 1.
+    """Turn raw logits [n, v] into final ones in place; d final / d raw goes to ``slope`` where it is not 1.
 
     Args:
         z: raw logits.

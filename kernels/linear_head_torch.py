@@ -1,7 +1,7 @@
 """Row statistics of a linear head and their gradients in plain PyTorch, tile by tile: any device, any float dtype.
 
-Tiles of logits are merged into the rows' streaming state, centred at the running maximum m, with u = z - m (README.md in this
-folder has the derivation)::
+Tiles of logits are merged into the rows' streaming state, centred at the running maximum m, with u = z - m (README.md
+in this folder has the derivation)::
 
     s = sum exp u      t = sum u exp u      r = sum u
     lse = m + log s    H = log s - t / s    mean_v log p_v = r / V - log s
@@ -43,7 +43,7 @@ class StreamingState:
         self.argmax = torch.zeros_like(self.m, dtype=torch.int64)
 
     def add(self, rows: slice, z: Tensor, u: Tensor, e: Tensor, start: int, target: Tensor | None) -> None:
-        """Merge final logits z [n, v] of the columns from ``start`` on; leaves exp(z - m) in ``e`` and scratch in ``u``."""
+        """Merge final logits z [n, v] of the columns from ``start`` on; leaves exp(z - m) in ``e``, u is scratch."""
         top = z.amax(-1)
         m_old, s_old = self.m[rows], self.s[rows]
         m = torch.maximum(m_old, top)
@@ -77,6 +77,8 @@ class StreamingState:
         stats = RowStats(
             logprob=empty,
             lse=self.m + log_s,
+            max_logit=self.m,
+            max_logprob=-log_s,
             entropy=log_s - self.t / self.s if self.want.entropy else empty,
             mean_logprob=self.r / vocabulary - log_s if self.want.mean_logprob else empty,
             argmax=self.argmax if self.want.argmax else self.argmax[:0],
@@ -92,7 +94,7 @@ def row_statistics(input: Tensor, head: Head, target: Tensor | None, want: Want,
     V = head.weight.shape[0]
     rows = Rows.of(input, target)
     n_max, v_max = tile_shape(rows, head, budget)
-    work = Workspace(head, n_max, v_max)
+    work = Workspace(head, n_max, v_max, budget)
     stats = RowStats.zeros(input.shape[0], input, head.stats_dtype, target is not None, want)
     for index, hidden, block_target in rows.blocks(n_max):
         state = StreamingState(hidden.shape[0], head, want)
@@ -115,10 +117,11 @@ def row_gradients(
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
     budget: int,
 ) -> None:
-    """Write the gradients of input [N, D], weight [V, D] and bias [V] that are given, in a workspace of ``budget`` bytes.
+    """Write the gradients of input [N, D], weight [V, D] and bias [V] that are given, zero-initialised.
 
-    Sums that go over several tiles are kept in float32 and rounded once. Where a float32 sum for every row would not fit, input and
-    weight are done one after the other, each with its own recomputation.
+    Sums that go over several tiles are kept in float32 and rounded once. Where a float32 sum for every row would not
+    fit the workspace of ``budget`` bytes, input and weight are done one after the other, each with its own
+    recomputation.
     """
     d_input, d_weight, d_bias = gradients
     if target is not None:
@@ -146,10 +149,10 @@ def logit_gradient(
     stats: RowStats,
     cotangents: Cotangents,
 ) -> Tensor:
-    """Gradient with respect to final logits z [n, v] of the columns from ``start`` on, written into ``e``; u is scratch."""
-    # an ignored row has no lse; +inf makes its probabilities 0
-    lse = stats.lse if target is None else stats.lse.masked_fill(target < 0, math.inf)
-    torch.sub(z, lse[:, None], out=u)
+    """Gradient of final logits z [n, v] of the columns from ``start`` on, written into ``e``; u is scratch."""
+    # an ignored row has no statistics; -inf makes its probabilities 0
+    max_logprob = stats.max_logprob if target is None else stats.max_logprob.masked_fill(target < 0, -math.inf)
+    torch.sub(z, stats.max_logit[:, None], out=u).add_(max_logprob[:, None])
     torch.exp(u, out=e)
     factor = cotangents.of_p(stats.lse)[:, None]
     if cotangents.entropy is None:
@@ -211,7 +214,7 @@ def _sweep(
     V = head.weight.shape[0]
     rows = Rows.of(input, target)
     n_max, v_max = tile_shape(rows, head, budget)
-    work = Workspace(head, n_max, v_max)
+    work = Workspace(head, n_max, v_max, budget)
     num_blocks, num_columns = -(-len(rows) // n_max), -(-V // v_max)
     sum_input = None if d_input is None else _Sum(d_input, head.stats_dtype, num_columns)
     for columns in ranges(V, v_max):

@@ -38,7 +38,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Want:
-    """The optional statistics; ``lse`` always comes, ``logprob`` whenever there is a target."""
+    """The optional statistics; ``logprob`` comes with a target, ``lse`` and the likeliest entry's always."""
 
     entropy: bool = False
     mean_logprob: bool = False
@@ -47,10 +47,15 @@ class Want:
 
 @dataclass
 class RowStats:
-    """Statistics of N rows, each of shape [N]; a field that nobody asked for is empty, of shape [0]."""
+    """Statistics of N rows, each of shape [N]; a field that nobody asked for is empty, of shape [0].
+
+    The backward pass takes log p_v as ``(z_v - max_logit) + max_logprob``; at large logits ``z_v - lse`` loses digits.
+    """
 
     logprob: Tensor
     lse: Tensor
+    max_logit: Tensor
+    max_logprob: Tensor
     entropy: Tensor
     mean_logprob: Tensor
     argmax: Tensor
@@ -65,6 +70,8 @@ class RowStats:
         return RowStats(
             logprob=field(has_target),
             lse=field(True),
+            max_logit=field(True),
+            max_logprob=field(True),
             entropy=field(want.entropy),
             mean_logprob=field(want.mean_logprob),
             argmax=field(want.argmax, torch.int64),
@@ -118,9 +125,9 @@ class Cotangents:
             )
         )
 
-    def of_p(self, lse: Tensor) -> Tensor:
-        """The factor of p_v in dz_v = p_v (factor - g_entropy (log p_v + H)) + g_logprob [v = y] + g_mean_logprob / V, [N]."""
-        factor = torch.zeros_like(lse) if self.lse is None else self.lse
+    def of_p(self, like: Tensor) -> Tensor:
+        """The factor [N] in dz_v = p_v (factor - g_entropy (log p_v + H)) + g_logprob [v = y] + g_mean_logprob / V."""
+        factor = torch.zeros_like(like) if self.lse is None else self.lse
         for cotangent in (self.logprob, self.mean_logprob):
             if cotangent is not None:
                 factor = factor - cotangent
@@ -128,7 +135,7 @@ class Cotangents:
 
 
 def loss_cotangents(row_weight: Tensor, lse: Tensor, label_smoothing: float, z_loss: float) -> Cotangents:
-    """Gradients of ``sum_n row_weight_n ((1 - s) nll + s mean_v(-log p_v) + z_loss lse^2)`` with respect to the statistics."""
+    """Gradients of ``sum_n row_weight_n ((1 - s) nll + s mean_v(-log p_v) + z_loss lse^2)`` for each statistic."""
     return Cotangents(
         logprob=(label_smoothing - 1) * row_weight,
         lse=2 * z_loss * row_weight * lse if z_loss else None,

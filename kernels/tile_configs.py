@@ -1,7 +1,6 @@
 """Tile sizes of the Triton kernels, by dtype and device.
 
-Every entry compiles without spills for its targets and stays within their shared memory; ``python -m litropy.kernels.compile_report``
-shows it for all of them.
+``python -m litropy.kernels.compile_report`` shows what they take on every target; all fit the shared memory.
 """
 
 from dataclasses import dataclass

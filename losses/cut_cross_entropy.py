@@ -1,8 +1,7 @@
 """Cross-entropy of a linear head whose logits are never stored."""
 
 from collections.abc import Sequence
-from dataclasses import fields
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +17,30 @@ __all__ = ["CutCrossEntropyLoss", "linear_cross_entropy"]
 Reduction = Literal["mean", "sum", "none"]
 
 
+class Options(TypedDict, total=False):
+    """Keyword arguments of ``linear_cross_entropy`` that do not change the type of its result."""
+
+    linear_bias: Tensor | None
+    reduction: Reduction
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    temperature: float | Tensor
+    num_items: float | Tensor | None
+    memory_budget_mib: float
+    impl: Impl
+
+
 @overload
 def linear_cross_entropy(  # type: ignore[overload-overlap]
-    input: Tensor, linear_weight: Tensor, target: Tensor, *, return_stats: tuple[()] = ..., **options: Any
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, return_stats: tuple[()] = ..., **options: Unpack[Options]
 ) -> Tensor: ...
 
 
 @overload
 def linear_cross_entropy(
-    input: Tensor, linear_weight: Tensor, target: Tensor, *, return_stats: Sequence[str], **options: Any
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, return_stats: Sequence[str], **options: Unpack[Options]
 ) -> tuple[Tensor, HeadStats]: ...
 
 
@@ -70,12 +84,13 @@ def linear_cross_entropy(
         impl: ``"triton"``, ``"torch"``, or ``"auto"``: Triton on a GPU, PyTorch on a CPU.
 
     Returns:
-        The loss in float32 (float64 for float64 inputs): a scalar, or shaped like ``target`` for ``"none"``; with ``return_stats``
-        a pair of the loss and the ``HeadStats``. An empty batch, or one that is ignored altogether, has the loss 0 and zero gradients.
+        The loss in float32 (float64 for float64 inputs): a scalar, or shaped like ``target`` for ``"none"``; with
+        ``return_stats`` a pair of the loss and the ``HeadStats``. An empty batch, or one ignored altogether, has
+        the loss 0 and zero gradients.
 
     Raises:
-        ValueError: if shapes, dtypes or options do not fit, or, on a CPU, a target is outside the vocabulary. On a GPU that makes the
-            loss NaN.
+        ValueError: if shapes, dtypes or options do not fit, or, on a CPU, a target is outside the vocabulary. On a
+            GPU that makes the loss NaN.
 
     Example::
 
@@ -102,8 +117,7 @@ def linear_cross_entropy(
         loss, stats = _weighted_loss(rows, labels, weights, label_smoothing, z_loss, want, chosen, budget)
     if not return_stats:
         return loss
-    detached = RowStats(*(getattr(stats, field.name).detach() for field in fields(stats)))
-    return loss, HeadStats.of(detached, return_stats, target.shape)
+    return loss, HeadStats.of(stats, return_stats, target.shape, detach=True)
 
 
 def _weighted_loss(
@@ -116,7 +130,7 @@ def _weighted_loss(
     impl: Literal["triton", "torch"],
     budget: int,
 ) -> tuple[Tensor, RowStats]:
-    """``sum_n weights_n loss_n``: with the gradient in the forward pass where whole rows fit the budget, else recomputing."""
+    """``sum_n weights_n loss_n``, the gradient in the forward pass where whole rows fit the budget, else recomputed."""
     needs_grad = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (rows.input, rows.head.weight, rows.head.bias)
     )
@@ -142,13 +156,13 @@ def _check(reduction: str, label_smoothing: float, num_items: float | Tensor | N
 
 
 def _mark_ignored(target: Tensor, ignore_index: int, vocabulary: int) -> Tensor:
-    """Map ``ignore_index`` to -1, which the kernels ignore, and any other negative target to one outside the vocabulary."""
+    """Map ``ignore_index`` to -1, which the kernels ignore, and other negative targets to V, which is out of range."""
     if target.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = (target < 0) & (target != ignore_index)
         if bool(wrong.any()):
             raise ValueError(
-                f"`target` holds {int(target[wrong][0])}, which is neither in the vocabulary (0 to {vocabulary - 1}) nor"
-                f" `ignore_index` ({ignore_index})."
+                f"`target` holds {int(target[wrong][0])}, which is neither in the vocabulary (0 to {vocabulary - 1})"
+                f" nor `ignore_index` ({ignore_index})."
             )
     outside = target.masked_fill(target < 0, vocabulary)
     return outside.masked_fill(target == ignore_index, -1)
@@ -223,7 +237,7 @@ class CutCrossEntropyLoss(nn.Module):
         linear_bias: Tensor | None = None,
         num_items: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, HeadStats]:
-        """Compute the loss of hidden states [..., D] against targets [...], for a head [V, D] with an optional bias [V]."""
+        """Compute the loss of hidden states [..., D] and targets [...] for a head [V, D] with an optional bias [V]."""
         return linear_cross_entropy(
             input, linear_weight, target, linear_bias=linear_bias, num_items=num_items, **self.options
         )

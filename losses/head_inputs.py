@@ -47,8 +47,8 @@ def resolve_impl(impl: Impl, input: Tensor) -> Literal["triton", "torch"]:
             raise ValueError("`impl='triton'` computes in float32; float64 inputs need impl='torch' or 'auto'.")
         if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(
-                f"`impl='triton'` needs a GPU, but `input` is on {input.device.type}. Use impl='auto', or set TRITON_INTERPRET=1"
-                " before Python starts to run the kernels in Triton's interpreter (slow, for tests)."
+                f"`impl='triton'` needs a GPU, but `input` is on {input.device.type}. Use impl='auto', or set"
+                " TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter (slow, for tests)."
             )
     return impl
 
@@ -68,7 +68,8 @@ def prepare(
     """
     if weight.ndim != 2 or not input.ndim or input.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"`input` {tuple(input.shape)} and `linear_weight` {tuple(weight.shape)} do not fit: they must be [..., D] and [V, D]."
+            f"`input` {tuple(input.shape)} and `linear_weight` {tuple(weight.shape)} do not fit: they must be"
+            " [..., D] and [V, D]."
         )
     if not weight.shape[0]:
         raise ValueError("`linear_weight` has no rows: is it a shard that was not gathered (ZeRO-3, FSDP)?")
@@ -80,8 +81,8 @@ def prepare(
         input, weight = input.to(dtype), weight.to(dtype)
     if input.dtype != weight.dtype or input.dtype not in _DTYPES:
         raise ValueError(
-            f"`input` is {input.dtype} and `linear_weight` is {weight.dtype}; both must be one of float32, bfloat16, float16, float64."
-            " Cast one, or use torch.autocast."
+            f"`input` is {input.dtype} and `linear_weight` is {weight.dtype}; both must be the same one of float32,"
+            " bfloat16, float16 and float64. Cast one, or use torch.autocast."
         )
     if bias is not None:
         bias = bias.to(weight.dtype)

@@ -33,17 +33,21 @@ class HeadStats:
     argmax: Tensor | None = None
 
     @staticmethod
-    def of(rows: RowStats, names: Sequence[str], shape: torch.Size) -> "HeadStats":
+    def of(rows: RowStats, names: Sequence[str], shape: torch.Size, detach: bool = False) -> "HeadStats":
         """Pick the named statistics of flat rows and give them ``shape``."""
-        return HeadStats(**{name: getattr(rows, name).view(shape) for name in names})
+        picked = {name: getattr(rows, name).view(shape) for name in names}
+        return HeadStats(**{name: value.detach() if detach else value for name, value in picked.items()})
+
+
+# spelled out once here: torch.compile cannot trace dataclasses.fields
+_NAMES = tuple(field.name for field in fields(HeadStats))
 
 
 def check_stats(names: Sequence[str]) -> None:
     """Raise ValueError if a name is not that of a ``HeadStats`` field."""
-    known = [field.name for field in fields(HeadStats)]
     for name in names:
-        if name not in known:
-            raise ValueError(f"{name!r} is no row statistic; there are {', '.join(known)}.")
+        if name not in _NAMES:
+            raise ValueError(f"{name!r} is no row statistic; there are {', '.join(_NAMES)}.")
 
 
 def linear_head_stats(
@@ -68,7 +72,8 @@ def linear_head_stats(
     Args:
         input: hidden states, shape [..., D].
         linear_weight: head weight, shape [V, D], in the dtype of ``input`` (or under autocast).
-        target: token ids, int64, shape [...]; negative ones are ignored: 0 in every field, no gradient. None computes every row.
+        target: token ids, int64, shape [...]; negative ones are ignored: 0 in every field, no gradient. None computes
+            every row.
         linear_bias: head bias, shape [V].
         softcap: bound of the logits (Gemma 2), a positive number.
         temperature: a positive number, or one a row, shape [...]; no gradient flows to it.
@@ -79,7 +84,8 @@ def linear_head_stats(
         The statistics, float32 (float64 for float64 inputs), each shaped like ``target`` (or ``input.shape[:-1]``).
 
     Raises:
-        ValueError: if shapes, dtypes or options do not fit, or, on a CPU, a target is outside the vocabulary. On a GPU that row is NaN.
+        ValueError: if shapes, dtypes or options do not fit, or, on a CPU, a target is outside the vocabulary. On a GPU
+            that row is NaN.
 
     Example::
 
