@@ -68,7 +68,8 @@ def fused_gradients(
     d_input, d_weight, d_bias = gradients
     V = head.weight.shape[0]
     rows = Rows.of(input, target)
-    n_max = max(1, fused_rows(len(rows), head, budget))
+    n_max = fused_rows(len(rows), head, budget) or 1
+    assert n_max > 1 or len(rows) <= 1, "whole rows do not fit the budget"
     work = Workspace(head, n_max, V, budget)
     sum_bias = None if d_bias is None else torch.zeros_like(d_bias, dtype=head.stats_dtype)
     stats = RowStats.zeros(input.shape[0], input, head.stats_dtype, True, want)
