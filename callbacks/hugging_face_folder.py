@@ -29,5 +29,5 @@ class HuggingFaceFolder(Callback):
             rank_zero_warn(
                 f"{type(pl_module).__name__} has no `save_pretrained(folder)`, so no Hugging Face folder is written."
             )
-        elif not trainer.fast_dev_run:
+        elif not getattr(trainer, "fast_dev_run", False):
             save_pretrained(Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir, "hugging_face")))

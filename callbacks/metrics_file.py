@@ -117,7 +117,7 @@ class MetricsFile(CSVLogger):
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> MetricsTable:  # type: ignore[override]
+    def experiment(self) -> MetricsTable:
         """The rows of the file."""
         if self._experiment is None:
             self._experiment = MetricsTable(self.log_dir)  # type: ignore[assignment]

@@ -75,6 +75,7 @@ class StepProgressBar(ProgressBar):
         self._text = ""
         self._start = (0, 0.0)
         self._last_line = 0.0
+        self._printed = -1
         self._total = math.inf
 
     def disable(self) -> None:
@@ -90,7 +91,7 @@ class StepProgressBar(ProgressBar):
     def _open(self, description: str, total: float, completed: int = 0) -> None:
         self._close()
         self._total, self._text = total, ""
-        self._start = (completed, time.perf_counter())
+        self._start, self._printed = (completed, time.perf_counter()), completed
         self._last_line = -math.inf
         if self._enabled and self.console.is_terminal:
             columns = (
@@ -111,15 +112,15 @@ class StepProgressBar(ProgressBar):
     def _steps(self, done: int) -> str:
         return f"{done}/{int(self._total)}" if math.isfinite(self._total) else str(done)
 
-    def _show(self, done: int, line: bool, prefix: str = "step ") -> None:
+    def _show(self, done: int, line: bool) -> None:
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=done, steps=self._steps(done), text=self._text)
-        elif self._enabled and line:
+        elif self._enabled and line and done != self._printed:
             first, since = self._start
             now = time.perf_counter()
             left = (now - since) / max(1, done - first) * (self._total - done)
-            self._last_line = now
-            self.console.print(f"{prefix}{self._steps(done)}  {self._text}  {format_duration(left)} left")
+            self._last_line, self._printed = now, done
+            self.console.print(f"step {self._steps(done)}  {self._text}  {format_duration(left)} left")
 
     def _close(self) -> None:
         if self._progress is not None:
@@ -146,7 +147,7 @@ class StepProgressBar(ProgressBar):
             self._read(trainer)
         step = trainer.global_step
         waited = time.perf_counter() - self._last_line >= self.seconds_between_lines
-        self._show(step, line=logged and (waited or step >= self._total))
+        self._show(step, line=logged and waited)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the losses of a validation."""
@@ -208,7 +209,9 @@ class StepProgressBar(ProgressBar):
         self._close()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the bar."""
+        """Show the last step, and close the bar."""
+        self._read(trainer)
+        self._show(trainer.global_step, line=True)
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -8,9 +8,9 @@ import warnings
 from collections.abc import Sequence
 
 from litropy import __version__
-from litropy.config_files import config_table, copy_config, find_config
+from litropy.config_files import check_yaml, config_table, copy_config, find_config
 from litropy.help_pages import COMMANDS, command_help, configs_help, main_help
-from litropy.parse_errors import did_you_mean
+from litropy.parse_errors import did_you_mean, shorten
 from litropy.run_folder import without_option
 
 __all__ = ["main"]
@@ -91,15 +91,15 @@ def _train(arguments: list[str]) -> None:
     except UserError as error:
         if debug:
             raise
-        _fail(str(error), 2)
+        _fail(str(error), 1)
     except (ValueError, MisconfigurationException, FileNotFoundError) as error:
         if debug:
             raise
-        _fail(f"{error}\n(LITROPY_DEBUG=1 shows where this comes from)", 1)
+        _fail(f"{shorten(str(error))}\n(LITROPY_DEBUG=1 shows where this comes from)", 1)
     except SystemExit:
         if not command_line.interrupted:
             raise
-        _say_how_to_resume(arguments)
+        _say_how_to_resume(arguments, command_line.can_resume)
         raise SystemExit(_INTERRUPTED) from None
     for batch in getattr(command_line, "predictions", None) or []:
         for answer in batch:
@@ -110,19 +110,26 @@ def _with_found_configs(arguments: list[str]) -> list[str]:
     found = []
     previous = ""
     for word in arguments:
-        if previous in ("-c", "--config"):
-            word = str(find_config(word))
-        elif word.startswith("--config="):
-            word = f"--config={find_config(word.partition('=')[2])}"
-        found.append(word)
+        name = (
+            word if previous in ("-c", "--config") else word.partition("=")[2] if word.startswith("--config=") else ""
+        )
         previous = word
+        if name:
+            path = find_config(name)
+            check_yaml(path)
+            word = f"--config={path}" if word.startswith("--config=") else str(path)
+        found.append(word)
     return found
 
 
-def _say_how_to_resume(arguments: list[str]) -> None:
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+def _say_how_to_resume(arguments: list[str], can_resume: bool) -> None:
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    if can_resume:
         command = shlex.join(["litropy", *without_option(arguments, "--ckpt_path"), "--ckpt_path", "last"])
         print(f"\nStopped; last.ckpt is saved. This goes on from there:\n\n  {command}\n", file=sys.stderr)
+    else:
+        print("\nStopped; there was nothing to save yet.", file=sys.stderr)
 
 
 def _silence() -> None:

@@ -5,7 +5,9 @@ import shutil
 from importlib.resources import files
 from pathlib import Path
 
-__all__ = ["config_table", "copy_config", "find_config", "first_header_line", "packaged_configs"]
+import yaml  # type: ignore[import-untyped]
+
+__all__ = ["check_yaml", "config_table", "copy_config", "find_config", "first_header_line", "packaged_configs"]
 
 
 def packaged_configs() -> dict[str, Path]:
@@ -40,6 +42,24 @@ def find_config(name: str) -> Path:
         f"There is no config {name!r}, neither in {Path.cwd()} nor among the packaged ones.{hint}"
         " `litropy configs list` shows the packaged ones."
     )
+
+
+def check_yaml(path: Path) -> None:
+    """Check that a config can be read.
+
+    Raises:
+        ValueError: with file, line and column of a mistake.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"{path}{place}: {error.problem or 'this is no YAML'}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} has no options in it; a config has keys such as `model:`, `data:` and `trainer:`.")
 
 
 def first_header_line(path: Path) -> str:

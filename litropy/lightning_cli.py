@@ -1,7 +1,6 @@
 """The training commands: LightningCLI with run folders, default callbacks, short errors and resuming."""
 
 import os
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import litropy.recipes
@@ -49,19 +49,18 @@ class Parser(LightningArgumentParser):
         # an abbreviated option would take effect, but not be found when the command is repeated
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
-    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
+    def error(self, message: str, ex: Exception | None = None) -> None:
         """Raise the shortened message."""
-        raise UserError(shorten(message, self._option_names(), _arguments_of, self._class_names)) from ex
+        raise UserError(shorten(message, self._option_names(), self._class_names)) from ex
 
     def _option_names(self) -> list[str]:
-        names = [action.dest for action in self._actions if action.dest not in ("help", "==SUPPRESS==")]
-        for key, cls in (("model", "LanguageModel"), ("data", "TextDataModule")):
-            if (owner := getattr(litropy.recipes, cls, None)) is not None:
-                names += [f"{key}.{name}" for name in _arguments_of(f"{owner.__module__}.{owner.__name__}")]
-        return names
+        parsers = [self, *(self._subcommands_action.choices.values() if self._subcommands_action else [])]
+        return [action.dest for parser in parsers for action in parser._actions]
 
     def _class_names(self, key: str) -> list[str]:
-        base = {"model": LightningModule, "data": pl.LightningDataModule, "trainer.logger": Logger}.get(key, Callback)
+        base: type = {"model": LightningModule, "data": pl.LightningDataModule, "trainer.logger": Logger}.get(
+            key, Callback
+        )
         return [cls.__name__ for cls in _subclasses(base)]
 
 
@@ -69,14 +68,6 @@ def _subclasses(base: type) -> Iterable[type]:
     for cls in base.__subclasses__():
         yield cls
         yield from _subclasses(cls)
-
-
-def _arguments_of(class_path: str) -> list[str]:
-    import inspect
-
-    module, _, name = class_path.rpartition(".")
-    cls = getattr(sys.modules.get(module), name, None)
-    return list(inspect.signature(cls).parameters) if cls is not None else []
 
 
 class RunConfig(SaveConfigCallback):
@@ -94,7 +85,8 @@ class RunConfig(SaveConfigCallback):
         """Forget what a killed run logged after its last checkpoint."""
         for logger in trainer.loggers:
             if isinstance(logger, MetricsFile) and trainer.global_step:
-                logger.continue_at(trainer.fit_loop.epoch_loop._batches_that_stepped)
+                # a checkpoint holds the number of its own step: Lightning counts on only after saving
+                logger.continue_at(trainer.fit_loop.epoch_loop._batches_that_stepped + 1)
 
 
 class CommandLine(LightningCLI):
@@ -111,7 +103,7 @@ class CommandLine(LightningCLI):
         super().__init__(
             args=args,
             parser_class=Parser,
-            parser_kwargs={"prog": "litropy", **usage},  # type: ignore[arg-type]
+            parser_kwargs={"prog": "litropy", **usage},
             trainer_defaults={"log_every_n_steps": 10, "enable_model_summary": False},
             save_config_callback=RunConfig,
             save_config_kwargs={"overwrite": True},
@@ -158,7 +150,10 @@ class CommandLine(LightningCLI):
         config.trainer.default_root_dir = str(self.root)
         self.version: int | None = None
         if config.get("ckpt_path") == "last":
-            self.version, path = run_of_last_checkpoint(self.root / self.name)
+            try:
+                self.version, path = run_of_last_checkpoint(self.root / self.name)
+            except ValueError as error:
+                raise UserError(str(error)) from None
             config.ckpt_path = str(path)
         elif config.get("ckpt_path") and not Path(config.ckpt_path).exists():
             raise UserError(f"--ckpt_path: there is no checkpoint {config.ckpt_path!r}; `last` finds the newest one.")
@@ -232,10 +227,17 @@ class CommandLine(LightningCLI):
 
     @property
     def interrupted(self) -> bool:
-        """Whether Ctrl-C has stopped training where it can go on."""
+        """Whether Ctrl-C has stopped the command."""
         trainer = getattr(self, "trainer", None)
-        callbacks = trainer.callbacks if trainer is not None else []
-        return any(isinstance(callback, LastCheckpoint) and callback.interrupted for callback in callbacks)
+        return trainer is not None and trainer.state.status == TrainerStatus.INTERRUPTED
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether there is a ``last.ckpt`` of this run."""
+        paths = [
+            callback.path for callback in getattr(self.trainer, "callbacks", []) if isinstance(callback, LastCheckpoint)
+        ]
+        return any(path is not None and path.exists() for path in paths)
 
 
 def _kind(callback: Callback) -> type:
