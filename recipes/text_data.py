@@ -1,0 +1,268 @@
+"""Text for language models: from files or a dataset to packed batches on every rank."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from litropy.recipes.cache_folder import cache_key, cached_folder
+from litropy.recipes.packing import Windows, best_fit, concatenate, gather, one_per_window
+from litropy.recipes.resumable_loader import ResumableLoader, eval_batches, shuffled_batches
+from litropy.recipes.text_records import Documents, document_text
+from litropy.recipes.text_sources import fingerprint, read_sources
+from litropy.recipes.text_split import hold_out, take
+from litropy.recipes.token_corpus import TokenCorpus, write_corpus
+from litropy.recipes.tokenizer import load_tokenizer, tokenizer_key, train_tokenizer
+
+__all__ = ["TextDataModule"]
+
+
+class TextDataModule(LightningDataModule):
+    """Text for a language model, tokenized once and packed into windows of fixed length.
+
+    Records may be plain text, conversations (``messages``) or ``prompt`` and ``completion``; of the last two only the
+    answers are learnt. Batches hold ``input_ids``, ``labels`` and ``position_ids`` [B, T].
+
+    Args:
+        source: what to train on: stdlib (the Python standard library's own source), stdlib_docstrings (prompts and
+            completions made from it), or the path of a file (.txt .md .py .jsonl .json .csv .parquet), a folder or a
+            glob; or a list of these.
+        text_column: field or column with the text, for records that are no conversations.
+        max_documents: train and validate on a random subset of so many documents.
+        max_mebibytes: train and validate on a random subset of so much text [MiB].
+        val_source: what to validate on, like ``source``; else documents are held out.
+        val_fraction: share of the documents that is held out, from 0 to 1.
+        test_source: what to test on, like ``source``; else what is validated on.
+        tokenizer: name on the Hugging Face hub, or folder, of a tokenizer; else one is trained on the training text.
+        vocab_size: tokens of a tokenizer that is trained.
+        sequence_length: tokens in a window, T.
+        packing: fill windows with several documents, isolated from each other; else each has windows of its own.
+        batch_size: windows in a batch of one device, B.
+        num_workers: processes that prepare batches ahead; 0 does it in the main process.
+        seed: of subset, held-out split and order.
+        cache_dir: where tokenizers and tokenized text are kept between runs.
+
+    Raises:
+        ValueError: if an option is out of its range.
+    """
+
+    def __init__(
+        self,
+        source: str | list[str] = "stdlib",
+        text_column: str = "text",
+        max_documents: int | None = None,
+        max_mebibytes: float | None = None,
+        val_source: str | list[str] | None = None,
+        val_fraction: float = 0.05,
+        test_source: str | list[str] | None = None,
+        tokenizer: str | None = None,
+        vocab_size: int = 8192,
+        sequence_length: int = 256,
+        packing: bool = True,
+        batch_size: int = 16,
+        num_workers: int = 0,
+        seed: int = 0,
+        cache_dir: str = "runs/.cache",
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("sequence_length", sequence_length, 2),
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if value < least:
+                raise ValueError(f"`{name}` is {value}; it must be at least {least}.")
+        self.save_hyperparameters(logger=False)
+        self.source = _as_list(source)
+        self.val_source = _as_list(val_source)
+        self.test_source = _as_list(test_source)
+        self.text_column = text_column
+        self.max_documents = max_documents
+        self.max_mebibytes = max_mebibytes
+        self.val_fraction = val_fraction
+        self.tokenizer_name = tokenizer
+        self.trained_vocab_size = vocab_size
+        self.sequence_length = sequence_length
+        self.packing = packing
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.cache_dir = Path(cache_dir)
+        self.tokenizer: Any = None
+        self._corpora: dict[str, TokenCorpus] = {}
+        self._windows: dict[str, Windows] = {}
+        self._split: tuple[Documents, Documents] | None = None
+
+    # from sources to tokens on disk
+
+    def prepare_data(self) -> None:
+        """Train the tokenizer and tokenize everything, once for all ranks of a machine."""
+        self.setup()
+        self._split = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open tokenizer and tokens, which are made first if there are none from an earlier run."""
+        if self.tokenizer is None:
+            self.tokenizer = self._open_tokenizer()
+        if stage == "predict":
+            return
+        for name in ("train", "val", "test"):
+            if name not in self._corpora and (name != "test" or self.test_source):
+                self._corpora[name] = self._open_corpus(name)
+        self._split = None  # the documents themselves are not needed any more
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of the tokenizer's tokens."""
+        return len(self.tokenizer)
+
+    @property
+    def unigram_entropy(self) -> float | None:
+        """Entropy [nats] of how often each token is a target in training; None before ``setup``."""
+        return self._corpora["train"].unigram_entropy if "train" in self._corpora else None
+
+    def _data_settings(self) -> dict[str, Any]:
+        return {
+            "files": fingerprint(self.source),
+            "kinds": [source for source in self.source if source.startswith("stdlib")],
+            "text_column": self.text_column,
+            "subset": [self.max_documents, self.max_mebibytes, self.seed],
+            "held_out": 0 if self.val_source else self.val_fraction,
+        }
+
+    def _documents(self, name: str) -> Documents:
+        if name == "test" or (name == "val" and self.val_source):
+            return read_sources(self.test_source if name == "test" else self.val_source, self.text_column)
+        if self._split is None:
+            everything = read_sources(self.source, self.text_column)
+            chosen = take(everything, self.seed, self.max_documents, self.max_mebibytes)
+            self._split = hold_out(chosen, self.seed, 0 if self.val_source else self.val_fraction)
+        return self._split[name == "val"]
+
+    def _open_tokenizer(self) -> Any:
+        if self.tokenizer_name is not None:
+            return load_tokenizer(self.tokenizer_name)
+
+        def write(folder: Path) -> None:
+            documents = self._documents("train")
+            rank_zero_info(f"Training a tokenizer of {self.trained_vocab_size} tokens on {len(documents)} documents.")
+            texts = (document_text(documents.kind, item) for item in documents.items)
+            train_tokenizer(texts, self.trained_vocab_size, folder)
+
+        key = cache_key(vocab_size=self.trained_vocab_size, **self._data_settings())
+        return load_tokenizer(str(cached_folder(self.cache_dir, f"tokenizer-{key}", write)))
+
+    def _open_corpus(self, name: str) -> TokenCorpus:
+        own = {"val": self.val_source, "test": self.test_source}.get(name)
+        settings = {"files": fingerprint(own), "text_column": self.text_column} if own else self._data_settings()
+
+        def write(folder: Path) -> None:
+            documents = self._documents(name)
+            rank_zero_info(f"Tokenizing {len(documents)} documents for {name}.")
+            write_corpus(documents, self.tokenizer, folder)
+
+        key = cache_key(tokenizer=tokenizer_key(self.tokenizer), **settings)
+        return TokenCorpus(cached_folder(self.cache_dir, f"{'own' if own else name}-{key}", write))
+
+    # from tokens to batches
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Shuffled windows; resumes where the training loop is."""
+        windows = self._windows_of("train")
+        rank, ranks = self._rank()
+        if len(windows) < self.batch_size * ranks:
+            tokens = int(windows.size.sum())
+            raise ValueError(
+                f"The training text is too short: its {tokens} tokens fill {len(windows)} windows of"
+                f" {self.sequence_length}, and a batch on {ranks} device(s) takes {self.batch_size * ranks}. Give more"
+                " text, or lower `sequence_length` or `batch_size`."
+            )
+        identity = {
+            "data": self._corpora["train"].folder.name,
+            "windows": len(windows),
+            "sequence_length": self.sequence_length,
+            "batch size on all devices": self.batch_size * ranks,
+            "seed": self.seed,
+        }
+        order = partial(shuffled_batches, len(windows), self.batch_size, rank, ranks, self.seed)
+        return self._loader("train", order, self._position, identity)
+
+    def val_dataloader(self) -> ResumableLoader | list[Any]:
+        """Held-out windows, each once; nothing if ``val_fraction`` is 0."""
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> ResumableLoader | list[Any]:
+        """Windows of ``test_source``, else the held-out ones."""
+        return self._eval_loader("test" if self.test_source else "val")
+
+    def _eval_loader(self, name: str) -> ResumableLoader | list[Any]:
+        windows = self._windows_of(name)
+        if not len(windows):
+            return []
+        batches = eval_batches(len(windows), self.batch_size, *self._rank())
+        return self._loader(name, lambda epoch: batches)
+
+    def _loader(self, name: str, order: Callable[[int], Any], *options: Any) -> ResumableLoader:
+        pad = self.tokenizer.pad_token_id
+        batches = _Batches(self._windows_of(name), self._corpora[name], pad, mask=not self.packing)
+        position, identity = options or (lambda: (0, 0), None)
+        return ResumableLoader(batches, order, position, self.num_workers, identity)
+
+    def _windows_of(self, name: str) -> Windows:
+        if name not in self._windows:
+            corpus = self._corpora[name]
+            order = np.arange(len(corpus))
+            if name == "train":
+                order = np.random.default_rng([self.seed, 3]).permutation(order)
+            text = corpus.kind == "text"
+            layout: Callable[..., Windows] = partial(one_per_window, cut=text)
+            if self.packing:
+                layout = concatenate if text else best_fit
+            windows = layout(corpus.offsets, order, self.sequence_length)
+            if windows.truncated:
+                rank_zero_warn(
+                    f"{windows.truncated} of {len(corpus)} {name} examples are longer than `sequence_length`"
+                    f" ({self.sequence_length} tokens) and lost their end."
+                )
+            self._windows[name] = windows
+        return self._windows[name]
+
+    def _rank(self) -> tuple[int, int]:
+        # the trainer knows which ranks see the same data, as under tensor parallelism
+        options = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
+        return options.get("rank", 0), options.get("num_replicas", 1)
+
+    def _position(self) -> tuple[int, int]:
+        if self.trainer is None:
+            return 0, 0
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return 0 if getattr(self.trainer, "overfit_batches", 0) else self.trainer.current_epoch, done
+
+
+class _Batches:
+    """Makes batches out of windows, in worker processes."""
+
+    def __init__(self, windows: Windows, corpus: TokenCorpus, pad: int, mask: bool) -> None:
+        self.windows = windows
+        self.corpus = corpus
+        self.pad = pad
+        self.mask = mask
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, rows: np.ndarray) -> dict[str, Tensor]:
+        batch = gather(self.windows, rows, self.corpus.tokens, self.corpus.targets, self.pad)
+        if not self.mask:
+            del batch["attention_mask"]  # models isolate packed documents only without one
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def _as_list(source: str | list[str] | None) -> list[str]:
+    return [source] if isinstance(source, str) else list(source or [])
