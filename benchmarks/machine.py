@@ -1,0 +1,65 @@
+"""What a measurement has to say about where and when it was made."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "triton", "transformers", "cut-cross-entropy", "liger-kernel")
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "../kernels", "../losses", "../recipes")
+        return git("rev-parse", "--short=12", "HEAD") + (" with changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def describe(device: str) -> dict[str, Any]:
+    """Hardware, versions, commit and date."""
+    cores = len(os.sched_getaffinity(0))
+    return {
+        "device": device,
+        "hardware": torch.cuda.get_device_name() if device == "cuda" else f"{_cpu_model()}, {cores} cores",
+        "cpu": _cpu_model(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {package: version for package in PACKAGES if (version := _version(package))},
+        "cuda": torch.version.cuda if device == "cuda" else None,
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def slug(hardware: str) -> str:
+    """File-name form of a machine's name."""
+    return re.sub(r"[^a-z0-9]+", "-", hardware.lower()).strip("-")

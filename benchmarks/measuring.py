@@ -1,0 +1,117 @@
+"""How time, peak memory and gradient error are measured, on a CPU or a GPU."""
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem: N tokens, width D, vocabulary V, in one dtype."""
+
+    tokens: int
+    width: int
+    vocabulary: int
+    dtype: str
+
+    def inputs(self, device: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Random hidden states, weight (logits of standard deviation 2) and targets, the same in every process."""
+        generator = torch.Generator(device).manual_seed(0)
+        dtype = getattr(torch, self.dtype)
+        hidden = torch.randn(self.tokens, self.width, generator=generator, device=device, dtype=dtype)
+        weight = torch.randn(self.vocabulary, self.width, generator=generator, device=device, dtype=dtype)
+        weight.mul_(2 / self.width**0.5)
+        target = torch.randint(self.vocabulary, (self.tokens,), generator=generator, device=device)
+        return hidden.requires_grad_(), weight.requires_grad_(), target
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def interleaved_times(steps: Mapping[str, Callable[[], None]], rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each step in each round; rounds are interleaved, so that a noisy moment hits everyone alike."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            synchronize(device)
+            start = time.perf_counter()
+            step()
+            synchronize(device)
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def summary_ms(seconds: list[float]) -> dict[str, float]:
+    """Median and minimum in milliseconds."""
+    return {
+        "median_ms": round(1e3 * statistics.median(seconds), 3),
+        "min_ms": round(1e3 * min(seconds), 3),
+    }
+
+
+def _status_kib(field: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(field))
+
+
+def peak_extra_bytes(run: Callable[[], None], device: str) -> int:
+    """How far memory rises above its level before ``run``; on a CPU: this process's resident set (Linux only)."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # resets VmHWM
+    before = _status_kib("VmRSS")
+    run()
+    return 1024 * (_status_kib("VmHWM") - before)
+
+
+def true_gradients(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[float, Tensor, Tensor]:
+    """Mean loss and its gradients in float64, a few rows at a time."""
+    h, w = hidden.detach().double(), weight.detach().double()
+    d_hidden, d_weight, loss = torch.empty_like(h), torch.zeros_like(w), 0.0
+    step = max(1, 256 * MIB // (8 * w.shape[0]))
+    for start in range(0, len(h), step):
+        rows = slice(start, start + step)
+        log_p = (h[rows] @ w.T).log_softmax(-1)
+        loss -= log_p.gather(1, target[rows, None]).sum().item() / len(h)
+        dz = log_p.exp_()
+        dz.scatter_add_(1, target[rows, None], dz.new_full((len(dz), 1), -1.0))
+        dz /= len(h)
+        d_hidden[rows] = dz @ w
+        d_weight.addmm_(dz.T, h[rows])
+    return loss, d_hidden, d_weight
+
+
+def relative_error(got: Tensor, truth: Tensor) -> float:
+    """``|got - truth| / |truth|`` in the Frobenius norm, a few rows at a time."""
+    squares = 0.0
+    for start in range(0, len(truth), 8192):
+        rows = slice(start, start + 8192)
+        squares += (got[rows].double() - truth[rows]).square().sum().item()
+    return squares**0.5 / truth.norm().item()
+
+
+def largest_error(got: Tensor, truth: Tensor) -> float:
+    """``max |got - truth|``, a few rows at a time."""
+    return max(
+        (got[start : start + 8192].double() - truth[start : start + 8192]).abs().max().item()
+        for start in range(0, len(truth), 8192)
+    )
