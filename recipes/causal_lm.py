@@ -30,6 +30,13 @@ class CausalLMOutput(NamedTuple):
     num_targets: Tensor
     stats: HeadStats | None
 
+    def sums(self) -> list[Tensor]:
+        """Sums over targets of entropy and of right guesses; empty if the pass has not computed them."""
+        stats = self.stats
+        if stats is None or stats.entropy is None or stats.argmax is None:
+            return []
+        return [stats.entropy.sum(), (stats.argmax == self.targets).sum()]
+
 
 def next_token_targets(labels: Tensor) -> Tensor:
     """Move labels [B, T] one place left, so that each position holds the token after it; the last has none (-100).

@@ -9,21 +9,29 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoConfig
 
-from litropy.recipes.causal_lm import CausalLM, CausalLMOutput
+from litropy.recipes.causal_lm import CausalLM
+from litropy.recipes.evaluation import Evaluation
 from litropy.recipes.gradients import Gradients
 from litropy.recipes.hugging_face_folder import write_folder
-from litropy.recipes.model_source import build_config, check_vocabulary, load_pretrained, random_model
+from litropy.recipes.model_source import (
+    build_config,
+    check_vocabulary,
+    checkpoint_layers,
+    load_pretrained,
+    random_model,
+)
 from litropy.recipes.optimizers import Schedule, adamw, decay_groups, learning_rate_factor
+from litropy.recipes.packing_check import isolates_documents
 from litropy.recipes.parity import check_parity as check_parity_of
 from litropy.recipes.sharding import decoder_layers, full_state_dict, is_sharded, shard
 from litropy.recipes.state_mismatch import explain_mismatch
-from litropy.recipes.token_mean import TokenMean
 from litropy.recipes.token_normalisation import TokenNormaliser, sum_over_ranks
 
 __all__ = ["LanguageModel"]
@@ -129,11 +137,9 @@ class LanguageModel(LightningModule):
         self.check_parity = check_parity
         self.generation = dict(generation or {})
         self.model: CausalLM | None = None
-        names = ("loss", "entropy", "token_accuracy") if log_stats else ("loss",)
-        self.metrics = nn.ModuleDict(
-            {stage: nn.ModuleDict({name: TokenMean() for name in names}) for stage in ("val", "test")}
-        )
+        self.evaluations = nn.ModuleDict({stage: Evaluation(log_stats) for stage in ("val", "test")})
         self._normaliser = TokenNormaliser()
+        self._first_batch = True
         self._sums: Tensor | None = None
         self._gradients: Gradients | None = None
 
@@ -180,7 +186,7 @@ class LanguageModel(LightningModule):
     def _adopt(self, causal_lm: Any, precision: str) -> None:
         model = CausalLM(causal_lm)
         if self.gradient_checkpointing:
-            causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_layers(causal_lm)
         if self.compile_layers:
             for layer in decoder_layers(model.backbone):
                 layer.compile()
@@ -195,9 +201,9 @@ class LanguageModel(LightningModule):
             raise ValueError("FSDPStrategy hides the output head; shard with ModelParallelStrategy (FSDP2) instead.")
         if isinstance(strategy, DeepSpeedStrategy) and self.trainer.accumulate_grad_batches > 1:
             raise ValueError(
-                f"accumulate_grad_batches={self.trainer.accumulate_grad_batches} under DeepSpeed would not give the"
-                f" mean over tokens;"
-                " use ModelParallelStrategy or DDP, or accumulate_grad_batches=1 with a larger batch."
+                f"accumulate_grad_batches={self.trainer.accumulate_grad_batches} under DeepSpeed would not follow the"
+                f" mean"
+                " over tokens; use ModelParallelStrategy or DDP, or accumulate_grad_batches=1 with a larger batch."
             )
 
     # training
@@ -211,18 +217,19 @@ class LanguageModel(LightningModule):
                 logger.log_metrics({"data/unigram_entropy": float(entropy)}, step=self.trainer.global_step)
 
     def on_train_batch_start(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        """Compare the loss with the model's own, once."""
-        if not self.check_parity:
+        """Look at the first batch: is the loss the model's own, and do packed documents stay apart?"""
+        if not self._first_batch:
             return
-        self.check_parity = False
+        self._first_batch = False
         if is_sharded(self._built) or isinstance(self.trainer.strategy, DeepSpeedStrategy):
             rank_zero_info("Parity check: skipped, because the model is sharded.")
             return
-        errors = check_parity_of(self._built, batch)
-        worst = max(errors.values())
-        rank_zero_info(
-            f"Parity check: loss and gradients agree with the model's own (largest relative error {worst:.1g})."
-        )
+        if "position_ids" in batch and not isolates_documents(self._built):
+            name = type(self.causal_lm).__name__
+            rank_zero_warn(f"{name} lets packed documents see one another; pad instead of packing if that matters.")
+        if self.check_parity:
+            worst = max(check_parity_of(self._built, batch).values())
+            rank_zero_info(f"Parity check: loss and gradients are the model's own (relative error {worst:.1g}).")
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of a micro-batch, divided so that the whole step follows the mean over its targets."""
@@ -230,7 +237,7 @@ class LanguageModel(LightningModule):
         num_targets = (batch["labels"][:, 1:] != -100).sum()
         divisor = self._normaliser.divisor(num_targets, first)
         output = self._built(batch, num_items=divisor, **self.loss_options, return_stats=self.stats)
-        sums = torch.stack([output.loss.detach() * divisor, num_targets, *_sums_of(output)])
+        sums = torch.stack([output.loss.detach() * divisor, num_targets, *output.sums()])
         self._sums = sums if first or self._sums is None else self._sums + sums
         return output.loss
 
@@ -301,20 +308,17 @@ class LanguageModel(LightningModule):
 
     def _evaluate(self, batch: Mapping[str, Tensor], stage: str) -> None:
         output = self._built(batch, router_loss=False, return_stats=self.stats)
-        metrics: Any = self.metrics[stage]
-        count = output.num_targets
-        for name, total in zip(metrics, (output.loss * count, *_sums_of(output)), strict=True):
-            metrics[name].update(total, count)
+        self._evaluation(stage).update(output)
 
     def _log_evaluation(self, stage: str) -> None:
-        metrics: Any = self.metrics[stage]
-        values = {name: metric.compute() for name, metric in metrics.items()}
-        values["perplexity"] = values["loss"].exp()
-        # metrics are already those of all ranks; the flag only tells Lightning so
-        for name, value in values.items():
+        # the values are already those of all ranks; the flag only tells Lightning so
+        for name, value in self._evaluation(stage).pop().items():
             self.log(f"{stage}/{name}", value, prog_bar=name == "loss", sync_dist=True)
-        for metric in metrics.values():
-            metric.reset()
+
+    def _evaluation(self, stage: str) -> Evaluation:
+        evaluation = self.evaluations[stage]
+        assert isinstance(evaluation, Evaluation)
+        return evaluation
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> list[dict[str, str]]:
         """Continue prompts that are padded on the left.
@@ -373,17 +377,14 @@ class LanguageModel(LightningModule):
             ValueError: naming the first differing parameters.
         """
         config = json.loads(checkpoint.get("causal_lm_config", "{}"))
+        if self._trainer is None and config:
+            # `load_from_checkpoint` knows no tokenizer, but the checkpoint knows its model
+            model_type = config.pop("model_type")
+            self._adopt(random_model(AutoConfig.for_model(model_type, **config), torch.float32), "32-true")
+            return
         if "state_dict" in checkpoint and not is_sharded(self._built):
             reason = explain_mismatch(
                 self.state_dict(), checkpoint["state_dict"], self.causal_lm.config.to_dict(), config
             )
             if reason:
                 raise ValueError(reason)
-
-
-def _sums_of(output: CausalLMOutput) -> list[Tensor]:
-    """Sums over targets of entropy and of right guesses, if the pass has computed them."""
-    stats = output.stats
-    if stats is None or stats.entropy is None or stats.argmax is None:
-        return []
-    return [stats.entropy.sum(), (stats.argmax == output.targets).sum()]

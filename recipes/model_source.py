@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-__all__ = ["build_config", "check_vocabulary", "load_pretrained", "random_model"]
+__all__ = ["build_config", "check_vocabulary", "checkpoint_layers", "load_pretrained", "random_model"]
 
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -122,3 +122,16 @@ def check_vocabulary(tokenizer: Any, model: PreTrainedModel) -> None:
             f"The tokenizer has {size} tokens, but the output head of {type(model).__name__} has {rows} rows."
             " Use the model's own tokenizer, or raise `vocab_size` in the model's config (or leave it out)."
         )
+
+
+def checkpoint_layers(model: PreTrainedModel) -> None:
+    """Let decoder layers recompute their activations in the backward pass.
+
+    Raises:
+        ValueError: if the architecture cannot do so.
+    """
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)

@@ -73,7 +73,7 @@ def check_parity(model: CausalLM, batch: Mapping[str, Tensor], max_tokens: int =
         if not error <= (loss_tolerance if name == "loss" else gradient_tolerance):
             raise ValueError(
                 f"The fused loss of {type(model.causal_lm).__name__} disagrees with the model's own:"
-                f" loss {float(ours):.6g} against {float(theirs):.6g}, relative errors "
+                f" loss {float(ours.detach()):.6g} against {float(theirs.detach()):.6g}, relative errors "
                 + ", ".join(f"{key} {value:.2g}" for key, value in errors.items())
                 + ". The model does something that is not understood; `check_parity: false` trains nevertheless."
             )
