@@ -201,9 +201,9 @@ class LanguageModel(LightningModule):
             raise ValueError("FSDPStrategy hides the output head; shard with ModelParallelStrategy (FSDP2) instead.")
         if isinstance(strategy, DeepSpeedStrategy) and self.trainer.accumulate_grad_batches > 1:
             raise ValueError(
-                f"accumulate_grad_batches={self.trainer.accumulate_grad_batches} under DeepSpeed would not follow the"
-                f" mean"
-                " over tokens; use ModelParallelStrategy or DDP, or accumulate_grad_batches=1 with a larger batch."
+                f"accumulate_grad_batches={self.trainer.accumulate_grad_batches} under DeepSpeed would not follow"
+                " the mean over tokens; use ModelParallelStrategy or DDP, or accumulate_grad_batches=1 with a larger"
+                " batch."
             )
 
     # training
@@ -224,11 +224,14 @@ class LanguageModel(LightningModule):
         if is_sharded(self._built) or isinstance(self.trainer.strategy, DeepSpeedStrategy):
             rank_zero_info("Parity check: skipped, because the model is sharded.")
             return
-        if "position_ids" in batch and not isolates_documents(self._built):
+        with self.trainer.precision_plugin.forward_context():
+            isolated = "position_ids" not in batch or isolates_documents(self._built)
+            errors = check_parity_of(self._built, batch) if self.check_parity else {}
+        if not isolated:
             name = type(self.causal_lm).__name__
             rank_zero_warn(f"{name} lets packed documents see one another; pad instead of packing if that matters.")
-        if self.check_parity:
-            worst = max(check_parity_of(self._built, batch).values())
+        if errors:
+            worst = max(errors.values())
             rank_zero_info(f"Parity check: loss and gradients are the model's own (relative error {worst:.1g}).")
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:

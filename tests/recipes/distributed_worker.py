@@ -64,7 +64,9 @@ class Record(Callback):
 
 def count_root_gathers(module, record):
     """Count how often the unit of embedding and head is gathered."""
-    (group,) = module.model._get_fsdp_state()._fsdp_param_groups
+    state = module.model._get_fsdp_state()
+    # the attribute's name depends on the version of torch
+    group = state._fsdp_param_group if hasattr(state, "_fsdp_param_group") else state._fsdp_param_groups[0]
     original = FSDPParamGroup.unshard
 
     def unshard(self, *args, **kwargs):
