@@ -364,10 +364,13 @@ class LanguageModel(LightningModule):
             ValueError: if the folder exists and is no Hugging Face folder.
         """
         weights = {name.removeprefix("causal_lm."): value for name, value in full_state_dict(self._built).items()}
-        if self._trainer is None or self._trainer.is_global_zero:
-            write_folder(self.causal_lm, self.tokenizer, Path(folder), weights)
-        if self._trainer is not None:
-            self._trainer.strategy.barrier()
+        try:
+            if self._trainer is None or self._trainer.is_global_zero:
+                write_folder(self.causal_lm, self.tokenizer, Path(folder), weights)
+        finally:
+            # the other ranks wait here, also when writing failed
+            if self._trainer is not None:
+                self._trainer.strategy.barrier()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the model's config beside its weights."""
