@@ -28,9 +28,7 @@ def docstring_records(source: str) -> Iterator[tuple[str, str]]:
     except (SyntaxError, ValueError, RecursionError):
         return
     lines = source.splitlines()
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            continue
+    for node in _functions(tree):
         docstring = ast.get_docstring(node)
         if not docstring or len(node.body) < 2:
             continue
@@ -42,3 +40,12 @@ def docstring_records(source: str) -> Iterator[tuple[str, str]]:
             continue
         kept = lines[node.lineno - 1 : quoted.lineno - 1] + lines[quoted.end_lineno : node.end_lineno]
         yield textwrap.dedent("\n".join(kept)) + "\n\n# Docstring:\n", docstring
+
+
+def _functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Functions of a module and of its classes, in order; expressions are not looked at, which saves most of the time."""
+    for node in getattr(tree, "body", []):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+        elif isinstance(node, ast.stmt):
+            yield from _functions(node)

@@ -1,12 +1,13 @@
 """Take a subset of documents, and hold some of them out; the seed alone decides which."""
 
+import zlib
 from typing import Any
 
 import numpy as np
 
-from litropy.recipes.text_records import Documents, document_text
+from litropy.recipes.text_records import Documents, Kind, document_text
 
-__all__ = ["hold_out", "take"]
+__all__ = ["hold_out", "is_held_out", "split_stream_head", "take"]
 
 _MEBIBYTE = 2**20
 
@@ -82,5 +83,29 @@ def hold_out(documents: Documents, seed: int, fraction: float) -> tuple[Document
     return _select(documents, np.sort(order[count:])), _select(documents, np.sort(order[:count]))
 
 
+def is_held_out(kind: Kind, item: Any, fraction: float) -> bool:
+    """Whether a document of a stream is held out; its text alone decides, wherever and whenever it is read."""
+    return zlib.crc32(document_text(kind, item).encode()) < fraction * 2**32
+
+
+def split_stream_head(documents: Documents, fraction: float) -> tuple[Documents, Documents]:
+    """Split the first documents of a stream into those to train on and those held out.
+
+    Raises:
+        ValueError: if there are too few to hold one out.
+    """
+    parts: tuple[list[Any], list[Any]] = [], []
+    for item in documents.items:
+        parts[is_held_out(documents.kind, item, fraction)].append(item)
+    if not parts[0] or (fraction and not parts[1]):
+        raise ValueError(
+            f"The first {len(documents)} documents of the stream cannot be split for validation; raise `max_documents`"
+            " or `val_fraction`, or set `dataset_val_split`."
+        )
+    return Documents(documents.kind, parts[0]), Documents(documents.kind, parts[1])
+
+
 def _select(documents: Documents, indices: np.ndarray) -> Documents:
-    return Documents(documents.kind, [documents.items[index] for index in indices.tolist()])
+    select = getattr(documents.items, "select", None)  # rows of a dataset stay where they are
+    items = select(indices) if select else [documents.items[index] for index in indices.tolist()]
+    return Documents(documents.kind, items)

@@ -32,9 +32,9 @@ class TokenCorpus:
         self.kind: Kind = meta["kind"]
         self.unigram_entropy: float = meta["unigram_entropy"]
         self.offsets: np.ndarray = np.load(folder / "offsets.npy")
-        self.tokens: np.ndarray = np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r")
+        self.tokens: np.ndarray = _map(folder / "tokens.bin", meta["dtype"])
         targets = folder / "targets.bin"
-        self.targets: np.ndarray | None = np.memmap(targets, dtype=bool, mode="r") if targets.exists() else None
+        self.targets: np.ndarray | None = _map(targets, "bool") if targets.exists() else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenCorpus, (self.folder,)  # a pickled memory map would be a copy of the file
@@ -86,12 +86,21 @@ def entropy(counts: np.ndarray) -> float:
     return float(-(share * np.log(share)).sum())
 
 
+def _map(path: Path, dtype: str) -> np.ndarray:
+    if not path.stat().st_size:  # which cannot be mapped
+        return np.zeros(0, dtype=dtype)
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
 def _chunks(documents: Documents) -> Iterator[list[Any]]:
     chunk: list[Any] = []
     size = 0
     for item in documents.items:
+        text = document_text(documents.kind, item)
+        if not text.strip():
+            continue
         chunk.append(item)
-        size += len(document_text(documents.kind, item))
+        size += len(text)
         if size >= _CHUNK:
             yield chunk
             chunk, size = [], 0

@@ -1,5 +1,6 @@
 """Train a byte-level BPE, or load a tokenizer of Hugging Face."""
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
         vocab_size=vocab_size,
         special_tokens=[_END, _PAD],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=True,
+        show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(
