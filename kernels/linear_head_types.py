@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-__all__ = ["Cotangents", "Head", "RowStats", "Want", "loss_cotangents"]
+__all__ = ["Cotangents", "Head", "RowStats", "Want", "loss_cotangents", "row_losses"]
 
 
 @dataclass(frozen=True)
@@ -141,3 +141,13 @@ def loss_cotangents(row_weight: Tensor, lse: Tensor, label_smoothing: float, z_l
         lse=2 * z_loss * row_weight * lse if z_loss else None,
         mean_logprob=-label_smoothing * row_weight if label_smoothing else None,
     )
+
+
+def row_losses(stats: RowStats, label_smoothing: float, z_loss: float) -> Tensor:
+    """``(1 - s) nll + s mean_v(-log p_v) + z_loss lse^2`` of each row, [N]."""
+    losses = (
+        -stats.logprob
+        if not label_smoothing
+        else (label_smoothing - 1) * stats.logprob - label_smoothing * stats.mean_logprob
+    )
+    return losses + z_loss * stats.lse.square() if z_loss else losses

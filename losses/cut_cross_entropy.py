@@ -6,9 +6,10 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import torch
 from torch import Tensor, nn
 
-from litropy.kernels.linear_head import linear_head_loss, linear_head_rows, row_losses
+from litropy.kernels.linear_head import linear_head_rows
 from litropy.kernels.linear_head_fused import fused_rows
-from litropy.kernels.linear_head_types import RowStats, Want
+from litropy.kernels.linear_head_loss import linear_head_loss
+from litropy.kernels.linear_head_types import RowStats, Want, row_losses
 from litropy.losses.head_inputs import HeadInputs, Impl, prepare, resolve_impl
 from litropy.losses.linear_head import HeadStats, check_stats
 

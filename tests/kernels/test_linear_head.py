@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from litropy.kernels.linear_head import linear_head_loss, linear_head_rows, row_losses
+from litropy.kernels.linear_head import linear_head_rows
 from litropy.kernels.linear_head_fused import fused_rows
+from litropy.kernels.linear_head_loss import linear_head_loss
 from litropy.kernels.linear_head_reference import linear_head_reference
-from litropy.kernels.linear_head_types import Head, RowStats, Want
+from litropy.kernels.linear_head_types import Head, RowStats, Want, row_losses
 from litropy.testing import assert_within_budget
 
 NAMES = ("logprob", "lse", "entropy", "mean_logprob")
