@@ -39,7 +39,7 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def interleaved_times(steps: Mapping[str, Callable[[], None]], rounds: int, device: str) -> dict[str, list[float]]:
+def interleaved_times(steps: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
     """Seconds of each step in each round; rounds are interleaved, so that a noisy moment hits everyone alike."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
@@ -65,7 +65,7 @@ def _status_kib(field: str) -> int:
         return next(int(line.split()[1]) for line in file if line.startswith(field))
 
 
-def peak_extra_bytes(run: Callable[[], None], device: str) -> int:
+def peak_extra_bytes(run: Callable[[], object], device: str) -> int:
     """How far memory rises above its level before ``run``; on a CPU: this process's resident set (Linux only)."""
     gc.collect()
     if device == "cuda":

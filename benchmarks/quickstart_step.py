@@ -19,7 +19,7 @@ import torch
 import yaml
 from machine import describe, slug
 from measuring import MIB, interleaved_times, peak_extra_bytes, summary_ms
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from litropy.config_files import find_config
@@ -42,8 +42,8 @@ def quickstart_model() -> tuple[nn.Module, int, int]:
     return model, data.batch_size, data.sequence_length
 
 
-def training_step(name: str, quick: bool = False) -> Callable[[], None]:
-    """Build model and optimiser, and return a function that does one step."""
+def training_step(name: str, quick: bool = False) -> Callable[[], Tensor]:
+    """Build model and optimiser, and return a function that does one step and returns its loss."""
     model, rows, length = quickstart_model()
     if quick:
         rows, length = 2, 32
@@ -53,7 +53,7 @@ def training_step(name: str, quick: bool = False) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     wrapped = CausalLM(model)
 
-    def step() -> None:
+    def step() -> Tensor:
         if name == HUGGING_FACE:
             loss = model(**batch, use_cache=False).loss
         else:
@@ -61,6 +61,7 @@ def training_step(name: str, quick: bool = False) -> Callable[[], None]:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        return loss.detach()
 
     return step
 
