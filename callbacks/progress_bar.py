@@ -181,7 +181,9 @@ class StepProgressBar(ProgressBar):
         self._open_evaluation(trainer, trainer.num_predict_batches)
 
     def _open_evaluation(self, trainer: Trainer, batches: Any) -> None:
-        self._open(_EVALUATION[str(trainer.state.fn)], sum(batches) if isinstance(batches, list) else batches)
+        assert trainer.state.fn is not None
+        total = sum(batches) if isinstance(batches, list) else batches
+        self._open(_EVALUATION[trainer.state.fn.value], total)
 
     def _advance(self) -> None:
         if self._progress is not None and self._task is not None:

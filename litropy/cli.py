@@ -91,7 +91,7 @@ def _train(arguments: list[str]) -> None:
     except UserError as error:
         if debug:
             raise
-        _fail(str(error), 1)
+        _fail(str(error), 2)
     except (ValueError, MisconfigurationException, FileNotFoundError) as error:
         if debug:
             raise
@@ -101,9 +101,10 @@ def _train(arguments: list[str]) -> None:
             raise
         _say_how_to_resume(arguments, command_line.can_resume)
         raise SystemExit(_INTERRUPTED) from None
-    for batch in getattr(command_line, "predictions", None) or []:
-        for answer in batch:
-            print(f"{answer['prompt']}{answer['completion']}\n" if isinstance(answer, dict) else answer)
+    answers = [answer for batch in getattr(command_line, "predictions", None) or [] for answer in batch]
+    print(
+        "\n---\n".join(f"{answer['prompt']}{answer['completion']}" for answer in answers), end="\n" if answers else ""
+    )
 
 
 def _with_found_configs(arguments: list[str]) -> list[str]:
@@ -133,10 +134,11 @@ def _say_how_to_resume(arguments: list[str], can_resume: bool) -> None:
 
 
 def _silence() -> None:
-    """Keep advertisements, and hints about what the config decides anyway, off the screen."""
+    """Keep advertisements, and hints about what the config decides anyway, off the screen; shorten warnings."""
     from transformers.utils import logging as transformers_logging
 
     warnings.filterwarnings("ignore", module="lightning.*")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
+    warnings.formatwarning = lambda message, *_, **__: f"litropy: warning: {message}\n"

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-import litropy.recipes
+import litropy.recipes  # noqa: F401 (so that short class names are known)
 from litropy.callbacks import (
     Curves,
     HuggingFaceFolder,
@@ -65,6 +65,7 @@ class Parser(LightningArgumentParser):
 
 
 def _subclasses(base: type) -> Iterable[type]:
+    cls: type
     for cls in base.__subclasses__():
         yield cls
         yield from _subclasses(cls)
@@ -123,11 +124,7 @@ class CommandLine(LightningCLI):
         parser.set_defaults(
             {
                 "model": {"class_path": "litropy.recipes.LanguageModel"},
-                **(
-                    {"data": {"class_path": "litropy.recipes.TextDataModule"}}
-                    if hasattr(litropy.recipes, "TextDataModule")
-                    else {}
-                ),
+                "data": {"class_path": "litropy.recipes.TextDataModule"},
             }
         )
 
