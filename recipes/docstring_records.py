@@ -43,7 +43,7 @@ def docstring_records(source: str) -> Iterator[tuple[str, str]]:
 
 
 def _functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Functions of a module and of its classes, in order; expressions are not looked at, which saves most of the time."""
+    """Functions of a module and of its classes, in order; looking into expressions would take most of the time."""
     for node in getattr(tree, "body", []):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node

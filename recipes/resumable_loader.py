@@ -1,5 +1,6 @@
 """Batches in an order that follows from seed and epoch alone, so that a position in it is all there is to resume."""
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -101,6 +102,8 @@ class ResumableLoader:
         self._identity = identity or {}
         self._batches: Any = order(0)
         self._length = len(self._batches)
+        if num_workers:  # which do not tokenize: nothing to warn about after a fork
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         data: Any = dataset
         self._loader: DataLoader[Batch] = DataLoader(
             data,

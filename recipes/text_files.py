@@ -1,6 +1,7 @@
 """Read records from the files that a source names; every error says which file and which line."""
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -71,17 +72,17 @@ def _loads(text: str, where: str) -> Any:
 
 def _read_csv(path: Path, text_column: str) -> Iterator[Record]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(read_text(path).splitlines(keepends=True), strict=True)
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+    line = 1
     try:
         for row in reader:
-            where = f"{path}, line {reader.line_num}"
+            line, where = reader.line_num + 1, f"{path}, line {reader.line_num}"
             if None in row or None in row.values():
-                raise ValueError(
-                    f"{where}: the number of cells differs from the header's {len(reader.fieldnames or [])}."
-                )
+                count = len(reader.fieldnames or [])
+                raise ValueError(f"{where}: the number of cells differs from the header's {count}.")
             yield *parse_record(row, where, text_column), where
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: not valid CSV ({error}).") from error
+        raise ValueError(f"{path}, from line {line} on: not valid CSV ({error}).") from error
 
 
 def _read_parquet(path: Path, text_column: str) -> Iterator[Record]:

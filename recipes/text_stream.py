@@ -1,6 +1,7 @@
 """Pack a dataset while it is read, without end, and remember the place after every batch."""
 
 import copy
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -75,6 +76,8 @@ class PackedStream(IterableDataset[dict[str, Any]]):
         """
         info = get_worker_info()
         worker = info.id if info else 0
+        if info:
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads and forks do not mix; the workers are parallel
         if info and worker <= self.last_worker:
             yield {}
         for batch, state in self._batches(self.states.get(worker, _START)):

@@ -18,17 +18,16 @@ warnings.filterwarnings("ignore", ".*log_every_n_steps.*")
 
 
 class Recorder(LightningModule):
-    """Writes down every batch that it trains on; may die at one of them."""
+    """Writes down every batch that it trains on; may die some batches after an optimiser step."""
 
-    def __init__(self, record, die_at):
+    def __init__(self, record, die_after):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.record, self.die_at, self.seen = record, die_at, 0
+        self.record, self.die_after = record, die_after
 
     def training_step(self, batch, batch_idx):
-        if self.seen == self.die_at:
+        if self.die_after is not None and self.global_step > self.die_after:
             os.kill(os.getpid(), signal.SIGKILL)
-        self.seen += 1
         with open(f"{self.record}.{self.global_rank}", "a") as file:
             file.write(f"{self.current_epoch} {batch_idx} {batch['input_ids'].tolist()}\n")
         return self.weight * batch["input_ids"].float().mean()
@@ -40,7 +39,7 @@ class Recorder(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def train(folder, record, die_at=None, resume=None, save_every=3, data=None, **trainer):
+def train(folder, record, die_after=None, resume=None, save_every=4, data=None, **trainer):
     torch.set_num_threads(1)
     checkpoints = ModelCheckpoint(
         folder / f"checkpoints-{record}", "{step}", every_n_train_steps=save_every, save_top_k=-1,
@@ -51,7 +50,7 @@ def train(folder, record, die_at=None, resume=None, save_every=3, data=None, **t
         callbacks=[checkpoints], **{"devices": 1, **trainer},
     )  # fmt: skip
     module = TextDataModule(cache_dir=str(folder / "cache"), **{"vocab_size": 300, **data})
-    trainer.fit(Recorder(folder / record, die_at), module, ckpt_path=resume)
+    trainer.fit(Recorder(folder / record, die_after), module, ckpt_path=resume)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -104,7 +106,7 @@ def test_packed_documents_do_not_see_each_other(architecture):
     with torch.no_grad():
         packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
         leaky = model(input_ids=ids, use_cache=False).logits[0]
-        for begin, end in zip(offsets[:-1], offsets[1:], strict=True):
+        for begin, end in itertools.pairwise(offsets):
             alone = model(input_ids=ids[:, begin:end], use_cache=False).logits[0]
             torch.testing.assert_close(packed[begin:end], alone, atol=1e-5, rtol=1e-4)
             if begin:

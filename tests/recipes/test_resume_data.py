@@ -36,38 +36,51 @@ def batches(folder, record, rank=0):
     return (folder / f"{record}.{rank}").read_text().splitlines()
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("limit", ["epochs", "steps"])
-def test_killed_and_resumed_run_sees_the_same_batches(tmp_path, text, num_workers, accumulate, limit):
-    steps = {"max_epochs": 3} if limit == "epochs" else {"max_epochs": -1, "max_steps": 40}
-    data = {"source": text, "sequence_length": 16, "batch_size": 4, "num_workers": num_workers}
-    options = {"data": data, "accumulate_grad_batches": accumulate, **steps}
-    whole = {"record": "whole", **options}
-    (code,), errors = run(tmp_path, [whole])
-    assert code == 0, errors
-    expected = batches(tmp_path, "whole")
-    per_epoch = sum(line.startswith("0 ") for line in expected)
-    assert len(expected) > 2 * per_epoch > 20
-    assert len(set(expected)) == len(expected)
+CASES = {
+    "plain": {"max_epochs": 3},
+    "workers and accumulation": {"max_epochs": 3, "accumulate_grad_batches": 2, "num_workers": 2},
+    "workers, by steps": {"max_epochs": -1, "max_steps": 70, "num_workers": 2},
+    "accumulation, by steps, with validation": {
+        "max_epochs": -1,
+        "max_steps": 36,
+        "accumulate_grad_batches": 2,
+        "val_check_interval": 0.5,
+    },
+    "two ranks": {"max_epochs": 3, "strategy": "ddp_fork", "devices": 2},
+}
 
-    saved = sorted((tmp_path / "checkpoints-whole").glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
-    steps_per_epoch = -(-per_epoch // accumulate)
-    runs, cases = [], []
-    for checkpoint in (saved[0], saved[len(saved) // 2], saved[-2]):
-        step = int(checkpoint.stem.split("=")[1])
-        epoch, in_epoch = divmod(step, steps_per_epoch)
-        seen = epoch * per_epoch + min(in_epoch * accumulate, per_epoch)
-        record = f"resumed-{step}"
-        runs.append({**options, "record": f"killed-{step}", "die_at": seen + 2})
-        runs.append(
-            {**options, "record": record, "resume": str(tmp_path / f"checkpoints-killed-{step}" / checkpoint.name)}
-        )
-        cases.append((step, seen))
+
+@pytest.mark.parametrize("case", CASES)
+def test_killed_and_resumed_run_sees_the_same_batches(tmp_path, text, case):
+    options = dict(CASES[case])
+    data = {"source": text, "sequence_length": 16, "batch_size": 4, "num_workers": options.pop("num_workers", 0)}
+    ranks = options.get("devices", 1)
+    runs = [{"record": "whole", "data": data, **options}]
+    steps_per_epoch = 16 // (ranks * options.get("accumulate_grad_batches", 1))
+    steps = (4, steps_per_epoch, steps_per_epoch + 4)  # inside the first epoch, at its end, inside the second
+    for step in steps:
+        runs.append({**runs[0], "record": f"killed-{step}", "die_after": step})
+        resume = str(tmp_path / f"checkpoints-killed-{step}" / f"step={step}.ckpt")
+        runs.append({**runs[0], "record": f"resumed-{step}", "resume": resume})
     codes, errors = run(tmp_path, runs)
-    assert codes == [KILLED, 0] * len(cases), errors
-    for step, seen in cases:
-        assert batches(tmp_path, f"killed-{step}")[:seen] == expected[:seen]
-        assert batches(tmp_path, f"resumed-{step}") == expected[seen:], f"resumed after step {step}"
+    assert codes[0] == 0, errors
+    assert codes[1:] == [KILLED if ranks == 1 else 1, 0] * len(steps), errors
     assert "not resumable" not in errors
     assert "other data settings" not in errors
+
+    everything = []
+    for rank in range(ranks):
+        expected = batches(tmp_path, "whole", rank)
+        everything += [line.split(" ", 2)[2] + line.split(" ", 1)[0] for line in expected]
+        per_epoch = sum(line.startswith("0 ") for line in expected)
+        assert len(expected) > 2 * per_epoch
+        accumulate = options.get("accumulate_grad_batches", 1)
+        assert per_epoch == steps_per_epoch * accumulate
+        for step in steps:
+            epoch, in_epoch = divmod(step, steps_per_epoch)
+            seen = epoch * per_epoch + in_epoch * accumulate
+            killed = batches(tmp_path, f"killed-{step}", rank)
+            assert len(killed) > seen
+            assert killed == expected[: len(killed)]
+            assert batches(tmp_path, f"resumed-{step}", rank) == expected[seen:], f"resumed after step {step}"
+    assert len(set(everything)) == len(everything)  # ranks and positions of an epoch are disjoint

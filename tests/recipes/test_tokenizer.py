@@ -42,13 +42,13 @@ def test_trained_tokenizer_is_a_hugging_face_folder_that_loses_nothing(folder):
 
 
 def test_vocabulary_must_hold_all_bytes(tmp_path):
-    with pytest.raises(ValueError, match="`vocab_size` is 200; .* at least 258"):
+    with pytest.raises(ValueError, match=r"`vocab_size` is 200; .* at least 258"):
         train_tokenizer(TEXTS, 200, tmp_path / "no")
     assert not (tmp_path / "no").exists()
 
 
 def test_unknown_tokenizer_is_a_short_error(tmp_path):
-    with pytest.raises(ValueError, match="tokenizer .* could not be loaded: the folder has no tokenizer") as error:
+    with pytest.raises(ValueError, match=r"tokenizer .* could not be loaded: the folder has no tokenizer") as error:
         load_tokenizer(str(tmp_path))
     assert len(str(error.value)) < 300 + len(str(tmp_path))
 
@@ -109,5 +109,5 @@ def test_a_template_without_generation_marks_gives_the_same_turns(tokenizer, cap
 
 def test_a_template_that_refuses_says_so(tokenizer):
     tokenizer.chat_template = "{{ raise_exception('only user and assistant') }}"
-    with pytest.raises(ValueError, match="does not take a conversation of the roles system, .*only user"):
+    with pytest.raises(ValueError, match=r"does not take a conversation of the roles system, .*only user"):
         list(Encoder(tokenizer, "messages")([CHAT]))
