@@ -35,6 +35,9 @@ _MAX_HALF_ROUNDINGS = 6
 def fused_rows(num_rows: int, head: Head, budget: int) -> int:
     """Rows in a block of whole rows, or 0 where statistics followed by a backward pass are the better way."""
     V = head.weight.shape[0]
+    if head.weight.dtype == torch.float16:
+        # the scale of a loss scaler comes with the backward pass only: by then small gradients would be 0
+        return 0
     n = min(num_rows, logit_elements(head, budget) // V)
     if n < min(num_rows, _MIN_ROWS) or cached_elements(budget) < V:
         return 0

@@ -218,7 +218,7 @@ def reference_loss(tensors, target, row_weight, dtype, smoothing=0.1, z_loss=1e-
     return loss, torch.autograd.grad(loss, leaves)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradient_in_the_forward_pass(shape, softcap, dtype):

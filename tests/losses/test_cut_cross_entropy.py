@@ -258,6 +258,27 @@ def test_half_precision_is_within_budget(reduction):
         assert_within_budget(name, got, a, b)
 
 
+def test_loss_scaling_saves_small_gradients_in_float16():
+    """The scale arrives with the backward pass; gradients that float16 cannot hold without it must not be lost."""
+    input, weight = (1 + torch.randn(1000, 16)).half(), (torch.randn(20_000, 16) / 8).half()
+    target = torch.randint(20_000, (1000,))
+
+    def run(dtype, loss_of):
+        leaves = [input.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()]
+        return gradients(loss_of(*leaves, target) * 4096, leaves)
+
+    def eager(input, weight, target):
+        return F.cross_entropy(F.linear(input, weight).to(torch.promote_types(input.dtype, torch.float32)), target)
+
+    ours, twin, truth = (
+        run(torch.float16, linear_cross_entropy),
+        run(torch.float16, eager),
+        run(torch.float64, eager),
+    )
+    for name, got, a, b in zip(("dh", "dw"), ours, twin, truth, strict=True):
+        assert_within_budget(name, got, a, b)
+
+
 MEMORY = """
 import sys, torch
 from litropy.losses import linear_cross_entropy
