@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # tools whose arguments are not checked here; that they are installed by what CONTRIBUTING says is
-TOOLS = ("ruff", "mypy", "pre-commit", "source")
+TOOLS = ("ruff", "mypy", "pre-commit", "source", "zensical")
 
 
 def blocks(language):
