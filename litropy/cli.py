@@ -79,6 +79,8 @@ def _train(arguments: list[str]) -> None:
         resolved = _with_found_configs(arguments)
     except ValueError as error:
         _fail(str(error), 2)
+    # threads that spin while they wait make training ten times slower once another program needs a core
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     from litropy.lightning_cli import CommandLine, UserError
@@ -92,7 +94,7 @@ def _train(arguments: list[str]) -> None:
         if debug:
             raise
         _fail(str(error), 2)
-    except (ValueError, MisconfigurationException, FileNotFoundError) as error:
+    except (ValueError, OSError, MisconfigurationException) as error:
         if debug:
             raise
         _fail(f"{shorten(str(error))}\n(LITROPY_DEBUG=1 shows where this comes from)", 1)
