@@ -41,6 +41,10 @@ class DieAt(Callback):
         if trainer.global_step == self.step - 1:
             os._exit(9)
 
+class InterruptInSetup(Callback):
+    def setup(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
 class FailAt(Callback):
     def on_train_start(self, *args):
         raise ValueError("the answer is 41; it must be 42.")

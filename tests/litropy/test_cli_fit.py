@@ -110,6 +110,13 @@ def test_ctrl_c_saves_and_the_printed_command_goes_on(litropy, project, referenc
     assert_same_metrics(run, reference)
 
 
+def test_ctrl_c_before_the_first_step_has_nothing_to_save(litropy):
+    stop = "--trainer.callbacks+=stoppers.InterruptInSetup"
+    result = litropy("fit", "--config", "tiny.yaml", stop, "--trainer.default_root_dir", "early")
+    assert result.code == 130
+    assert "nothing to save" in result.err
+
+
 def test_a_killed_run_goes_on_and_its_extra_rows_are_replaced(litropy, project, reference):
     arguments = ["fit", "--config", "tiny.yaml", "--trainer.default_root_dir", "killed"]
     killer = "--trainer.callbacks+={class_path: stoppers.DieAt, init_args: {step: 11}}"
