@@ -1,4 +1,4 @@
-"""Entropy-aware language-model training: ``litropy.losses`` is ``./losses``, ``litropy.kernels`` is ``./kernels``, and so on."""
+"""Language-model training and entropy: ``litropy.losses`` is ``./losses``, ``litropy.kernels`` is ``./kernels``, ..."""
 
 from pathlib import Path as _Path
 

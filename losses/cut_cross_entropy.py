@@ -62,11 +62,13 @@ def linear_cross_entropy(
     memory_budget_mib: float = 64,
     impl: Impl = "auto",
 ) -> Tensor | tuple[Tensor, HeadStats]:
-    r"""Cross-entropy of ``softmax(input @ linear_weight.T + linear_bias)`` without its logits in memory.
+    """Cross-entropy of ``softmax(input @ linear_weight.T + linear_bias)`` without its logits in memory.
 
-    With logits :math:`z = \mathrm{softcap} \tanh((h W^\top + b) / \mathrm{softcap}) / T`, a token's loss is::
+    For one token with hidden state h and target y::
 
-        (1 - label_smoothing) (lse - z_y) + label_smoothing mean_v(lse - z_v) + z_loss lse^2
+        z = softcap tanh((W h + b) / softcap) / temperature
+        lse = log sum_v exp z_v
+        loss = (1 - label_smoothing) (lse - z_y) + label_smoothing mean_v(lse - z_v) + z_loss lse^2
 
     Args:
         input: hidden states, shape [..., D].

@@ -61,10 +61,11 @@ def linear_head_stats(
     stats: Sequence[str] = ("logprob", "entropy"),
     impl: Impl = "auto",
 ) -> HeadStats:
-    r"""Statistics of ``softmax(input @ linear_weight.T + linear_bias)`` without its logits in memory.
+    """Statistics of ``softmax(input @ linear_weight.T + linear_bias)`` without its logits in memory.
 
-    With logits :math:`z = \mathrm{softcap} \tanh((h W^\top + b) / \mathrm{softcap}) / T` of a row::
+    For one row h with target y::
 
+        z = softcap tanh((W h + b) / softcap) / temperature
         lse = log sum_v exp z_v      logprob = z_y - lse      entropy = - sum_v p_v log p_v
 
     All but ``argmax`` are differentiable with respect to input, weight and bias.
