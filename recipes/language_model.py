@@ -212,9 +212,9 @@ class LanguageModel(LightningModule):
         """Prepare the count of targets, and log what the data module knows about its data."""
         self._normaliser = TokenNormaliser(self.trainer.world_size)
         entropy = getattr(getattr(self.trainer, "datamodule", None), "unigram_entropy", None)
-        if entropy is not None:
+        if entropy is not None and not self.trainer.global_step:
             for logger in self.loggers:
-                logger.log_metrics({"data/unigram_entropy": float(entropy)}, step=self.trainer.global_step)
+                logger.log_metrics({"data/unigram_entropy": float(entropy)}, step=0)
 
     def on_train_batch_start(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Look at the first batch: is the loss the model's own, and do packed documents stay apart?"""

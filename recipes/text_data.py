@@ -149,6 +149,20 @@ class TextDataModule(LightningDataModule):
         return len(self.tokenizer)
 
     @property
+    def num_documents(self) -> int | None:
+        """Number of training documents; None before ``setup`` and for a stream."""
+        return len(self._corpora["train"]) if self._counts_known else None
+
+    @property
+    def num_tokens(self) -> int | None:
+        """Number of training tokens; None before ``setup`` and for a stream."""
+        return len(self._corpora["train"].tokens) if self._counts_known else None
+
+    @property
+    def _counts_known(self) -> bool:
+        return "train" in self._corpora and not self.selection.streaming
+
+    @property
     def unigram_entropy(self) -> float | None:
         """Entropy [nats] of how often each token is a target in training; None before ``setup``."""
         return self._corpora["train"].unigram_entropy if "train" in self._corpora else None
