@@ -15,11 +15,11 @@ from litropy.kernels.linear_head_tiles import (
     Rows,
     Workspace,
     apply_slope_,
-    cached_elements,
     cached_parts,
     final_logits_,
     logit_elements,
     raw_logits,
+    scratch_elements,
 )
 from litropy.kernels.linear_head_torch import StreamingState, add_target_gradient_
 from litropy.kernels.linear_head_types import Head, RowStats, Want, loss_cotangents
@@ -39,8 +39,11 @@ def fused_rows(num_rows: int, head: Head, budget: int) -> int:
         # the scale of a loss scaler comes with the backward pass only: by then small gradients would be 0
         return 0
     n = min(num_rows, logit_elements(head, budget) // V)
-    if n < min(num_rows, _MIN_ROWS) or cached_elements(budget) < V:
+    if not n or n < min(num_rows, _MIN_ROWS) or scratch_elements(budget) < V:
         return 0
+    # blocks of about equal size, in multiples of 16 rows, which matrix libraries like
+    num_blocks = -(-num_rows // n)
+    n = min(n, -(-num_rows // (16 * num_blocks)) * 16)
     return 0 if head.weight.dtype != head.stats_dtype and n * _MAX_HALF_ROUNDINGS < num_rows else n
 
 

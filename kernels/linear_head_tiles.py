@@ -15,19 +15,21 @@ __all__ = [
     "Rows",
     "Workspace",
     "apply_slope_",
-    "cached_elements",
     "cached_parts",
     "final_logits_",
     "logit_elements",
     "ranges",
     "raw_logits",
+    "scratch_elements",
     "tile_shape",
 ]
 
 # elements that one elementwise pass works on: few enough that the next pass finds them in the cache
-_CACHED = 1 << 19
+_CACHED = 1 << 18
 # share of the budget that goes to the tile of logits; the rest is for scratch, sums and the matrix library
 _LOGITS_SHARE = 0.7
+# narrower tiles would add up a gradient in too many small steps
+_MIN_COLUMNS = 64
 # more rows than this do not make the matrix products any faster
 _MAX_ROWS = 16384
 
@@ -42,9 +44,9 @@ def logit_elements(head: Head, budget: int) -> int:
     return max(1, int(budget * _LOGITS_SHARE) // head.weight.element_size())
 
 
-def cached_elements(budget: int) -> int:
-    """How many elements the scratch of the elementwise passes may hold: four of them take an eighth of the budget."""
-    return max(1, min(_CACHED, budget // 128))
+def scratch_elements(budget: int) -> int:
+    """How many elements a scratch of the elementwise passes may have at most: four take an eighth of the budget."""
+    return max(1, budget // 128)
 
 
 @dataclass(frozen=True)
@@ -76,22 +78,22 @@ class Rows:
 
 
 def tile_shape(rows: Rows, head: Head, budget: int) -> tuple[int, int]:
-    """Rows and columns of a tile of logits."""
+    """Rows and columns of a tile of logits; never narrower than 64 columns, however small the budget."""
     V, D = head.weight.shape
     n = min(len(rows), _MAX_ROWS, logit_elements(head, budget))
     if rows.valid is not None:  # gathered hidden states take room as well
         n = min(n, max(64, budget // (8 * D * head.weight.element_size())))
-    v = min(V, cached_elements(budget), logit_elements(head, budget) // max(1, n))
+    v = min(V, scratch_elements(budget), logit_elements(head, budget) // max(1, n))
     if n < len(rows):  # and so do the sums of the weight's gradient over several blocks
-        v = min(v, max(64, budget // (8 * D * 4)))
-    return max(1, n), max(1, v)
+        v = min(v, max(_MIN_COLUMNS, budget // (8 * D * 4)))
+    return max(1, n), max(v, min(V, _MIN_COLUMNS))
 
 
 class Workspace:
     """Buffers of one call, allocated once: a tile of logits, and cache-sized scratch for the elementwise passes."""
 
     def __init__(self, head: Head, n: int, v: int, budget: int) -> None:
-        self.cached = max(v, cached_elements(budget))
+        self.cached = max(v, min(_CACHED, scratch_elements(budget)))
         scratch = min(n * v, self.cached)
         self.logits = head.weight.new_empty(n * v)
         self.is_half = head.weight.dtype != head.stats_dtype
