@@ -147,17 +147,17 @@ def main() -> None:
     shapes = QUICK_SHAPES if options.quick else {"cpu": CPU_SHAPES, "cuda": GPU_SHAPES}[device]
     rounds = 2 if options.quick else options.rounds
     machine = describe(device)
-    cases = []
+    name = f"linear_head_{slug(machine['hardware'])}{'_quick' if options.quick else ''}.json"
+    output = options.output or RESULTS / name
+    output.parent.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = {"benchmark": "linear_head", "baseline": NAIVE, "rounds": rounds, "machine": machine}
+    record["cases"] = []
     for shape in shapes:
         for dtype in DTYPES[device]:
             case = Case(*shape, dtype)
             print(f"{case}", flush=True)
-            cases.append(run_case(case, IMPLEMENTATIONS, device, rounds))
-    name = f"linear_head_{slug(machine['hardware'])}{'_quick' if options.quick else ''}.json"
-    output = options.output or RESULTS / name
-    output.parent.mkdir(parents=True, exist_ok=True)
-    record = {"benchmark": "linear_head", "baseline": NAIVE, "rounds": rounds, "machine": machine, "cases": cases}
-    output.write_text(json.dumps(record, indent=1) + "\n")
+            record["cases"].append(run_case(case, IMPLEMENTATIONS, device, rounds))
+            output.write_text(json.dumps(record, indent=1) + "\n")  # after each: a slow peer may cost one's patience
     print(f"Wrote {output}")
 
 
