@@ -14,6 +14,8 @@ from litropy.kernels.linear_head_reference import linear_head_reference
 from litropy.kernels.linear_head_types import Head, RowStats, Want, row_losses
 from litropy.testing import assert_within_budget
 
+pytestmark = pytest.mark.usefixtures("poisoned_empty")
+
 NAMES = ("logprob", "lse", "entropy", "mean_logprob")
 IMPLS = ("torch", "triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
