@@ -58,7 +58,7 @@ def fused_gradients(
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
     budget: int,
 ) -> RowStats:
-    """Return the statistics of every row and write the zero-initialised gradients that are given.
+    """Return the statistics of every row and write the gradients that are given.
 
     Args:
         input: hidden states, [N, D].
@@ -68,7 +68,7 @@ def fused_gradients(
         label_smoothing: s in the formula above.
         z_loss: factor of the squared log-sum-exp.
         want: optional statistics.
-        gradients: of input [N, D], weight [V, D] and bias [V].
+        gradients: of input [N, D], zero-initialised, weight [V, D] and bias [V].
         budget: workspace in bytes.
     """
     d_input, d_weight, d_bias = gradients
@@ -79,6 +79,7 @@ def fused_gradients(
     work = Workspace(head, n_max, V, budget)
     sum_bias = None if d_bias is None else torch.zeros_like(d_bias, dtype=head.stats_dtype)
     stats = RowStats.zeros(input.shape[0], input, head.stats_dtype, True, want)
+    first = True
     for index, hidden, block_target in rows.blocks(n_max):
         assert block_target is not None
         tile = raw_logits(hidden, head, slice(0, V), work)
@@ -101,7 +102,11 @@ def fused_gradients(
         if d_input is not None:
             d_input[index] = torch.mm(tile, head.weight)
         if d_weight is not None:
-            d_weight.addmm_(tile.t(), hidden)
+            # the first product overwrites what is there, which saves filling a [V, D] tensor with zeros
+            d_weight.addmm_(tile.t(), hidden, beta=0 if first else 1)
+        first = False
+    if first and d_weight is not None:
+        d_weight.zero_()
     if d_bias is not None and sum_bias is not None:
         d_bias.copy_(sum_bias)
     return stats

@@ -45,7 +45,7 @@ def _loss(
     check_target(target, weight.shape[0])
     head = Head(weight, bias, inv_temperature, row_inv_temperature, softcap)
     want = Want(entropy, label_smoothing > 0, argmax)
-    gradients = gradient_buffers(input, weight, bias, need_input, need_weight, need_bias)
+    gradients = gradient_buffers(input, weight, bias, need_input, need_weight, need_bias, zero_weight=False)
     wanted = wanted_gradients(gradients, need_input, need_weight, need_bias)
     stats = fused_gradients(input, head, target, row_weight, label_smoothing, z_loss, want, wanted, budget)
     loss = (row_weight * row_losses(stats, label_smoothing, z_loss)).sum()

@@ -24,16 +24,29 @@ def check_target(target: Tensor | None, vocabulary: int) -> None:
 
 
 def gradient_buffers(
-    input: Tensor, weight: Tensor, bias: Tensor | None, need_input: bool, need_weight: bool, need_bias: bool
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    need_input: bool,
+    need_weight: bool,
+    need_bias: bool,
+    zero_weight: bool = True,
 ) -> Gradients:
-    """Zeros in the shape of each gradient that is needed, and empty tensors for the others, as operators do."""
+    """Zeros in the shape of each gradient that is needed, and tensors of no elements for the others.
+
+    ``zero_weight=False`` leaves the weight's gradient uninitialised.
+    """
 
     def zeros(wanted: bool, like: Tensor | None) -> Tensor:
         if wanted and like is not None:
             return torch.zeros_like(like, memory_format=torch.contiguous_format)
         return input.new_zeros(0)
 
-    return zeros(need_input, input), zeros(need_weight, weight), zeros(need_bias, bias)
+    if need_weight and not zero_weight:
+        d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    else:
+        d_weight = zeros(need_weight, weight)
+    return zeros(need_input, input), d_weight, zeros(need_bias, bias)
 
 
 def wanted_gradients(gradients: Gradients, *need: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
