@@ -34,7 +34,7 @@ __all__ = ["StreamingState", "add_target_gradient_", "row_gradients", "row_stati
 
 
 class StreamingState:
-    """Streaming sums of n rows; tiles of logits may arrive in any order."""
+    """Streaming sums of n rows, whose tiles of logits come in the order of their columns."""
 
     def __init__(self, n: int, head: Head, want: Want) -> None:
         self.want = want

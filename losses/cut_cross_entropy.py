@@ -180,7 +180,8 @@ def _row_weights(labels: Tensor, reduction: Reduction, num_items: float | Tensor
         return valid / valid.sum().clamp_min(1)
     if isinstance(num_items, Tensor):
         num_items = num_items.to(device=valid.device, dtype=dtype).reshape(())
-    return valid / num_items
+    # not 0 / 0 at ignored tokens: a step without any token to learn from has num_items = 0
+    return (valid / num_items).masked_fill(labels < 0, 0.0)
 
 
 class CutCrossEntropyLoss(nn.Module):

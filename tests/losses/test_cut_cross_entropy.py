@@ -119,6 +119,20 @@ def test_nothing_to_learn_from(impl, reduction, shape, device):
     assert torch.equal(weight.grad, torch.zeros_like(weight))
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_step_without_items_has_no_loss(impl, as_tensor, device):
+    input = torch.randn(6, 8, device=device, requires_grad=True)
+    weight = torch.randn(20, 8, device=device, requires_grad=True)
+    num_items = torch.tensor(0, device=device) if as_tensor else 0
+    target = torch.full((6,), -100, device=device)
+    loss = linear_cross_entropy(input, weight, target, num_items=num_items, impl=impl)
+    assert loss == 0
+    loss.backward()
+    assert torch.equal(input.grad, torch.zeros_like(input))
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
 def test_any_ignore_index(problem):
     input, weight, _, target = problem
     padded = target.masked_fill(target < 0, 3)
