@@ -5,11 +5,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litropy.losses import HeadStats, linear_cross_entropy
+from litropy.losses import HeadStats
+from litropy.recipes.head_loss import head_loss
 from litropy.recipes.output_head import find_output_head
 
 __all__ = ["CausalLM", "CausalLMOutput", "next_token_targets"]
@@ -38,15 +38,15 @@ class CausalLMOutput(NamedTuple):
         return [stats.entropy.sum(), (stats.argmax == self.targets).sum()]
 
 
-def next_token_targets(labels: Tensor) -> Tensor:
-    """Move labels [B, T] one place left, so that each position holds the token after it; the last has none (-100).
+def next_token_targets(labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """Move labels [B, T] one place left, so that each position holds the token after it; the last is ignored.
 
     Example::
 
         >>> next_token_targets(torch.tensor([[5, 6, 7]]))
         tensor([[   6,    7, -100]])
     """
-    return F.pad(labels[:, 1:], (0, 1), value=-100)
+    return F.pad(labels[..., 1:], (0, 1), value=ignore_index)
 
 
 class CausalLM(nn.Module):
@@ -125,24 +125,16 @@ class CausalLM(nn.Module):
         outputs = self.backbone(**inputs, use_cache=False, return_dict=True)
         targets = next_token_targets(batch["labels"])
         num_targets = (targets != -100).sum()
-        head, info = self.head, self.head_info
-        weight, bias = head.weight[: info.num_logits], head.bias
-        hidden = outputs.last_hidden_state
-        if not torch.is_autocast_enabled(hidden.device.type):
-            hidden = hidden.to(weight.dtype)
-        result = linear_cross_entropy(
-            hidden,
-            weight,
+        loss, stats = head_loss(
+            self.head,
+            self.head_info,
+            outputs.last_hidden_state,
             targets,
-            linear_bias=None if bias is None else bias[: info.num_logits],
+            return_stats,
             label_smoothing=label_smoothing,
             z_loss=z_loss,
-            softcap=info.softcap,
-            temperature=1 / info.scale,
             num_items=num_items,
-            return_stats=tuple(return_stats),
         )
-        loss, stats = result if isinstance(result, tuple) else (result, None)
         if with_router and self.router_loss is not None:
             # the share of these targets, so that micro-batches and ranks add up to the token-weighted mean
             share = 1.0 if num_items is None else num_targets / num_items

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-__all__ = ["OutputHead", "find_output_head"]
+__all__ = ["OutputHead", "find_output_head", "inner_causal_lm"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,11 @@ class OutputHead:
     softcap: float | None
     scale: float
     num_logits: int
+
+
+def inner_causal_lm(model: Any) -> Any:
+    """The causal language model inside a ``PeftModel``; any other model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 class _Probed(BaseModelOutputWithPast):

@@ -1,0 +1,5 @@
+"""For Hugging Face models that users drive themselves: the loss without logits."""
+
+from litropy.recipes.patch_causal_lm import patch_causal_lm, unpatch_causal_lm
+
+__all__ = ["patch_causal_lm", "unpatch_causal_lm"]

@@ -1,0 +1,1 @@
+../../litropy/huggingface.py
