@@ -60,7 +60,8 @@ def _device(trainer: Trainer) -> str:
 def _loss(pl_module: LightningModule) -> str:
     if not hasattr(pl_module, "causal_lm"):
         return ""
-    impl = resolve_impl("auto", next(pl_module.parameters()))
+    parameter = next(pl_module.parameters())
+    impl = resolve_impl("auto", parameter.device, parameter.dtype)
     return f"fused linear cross-entropy, {'Triton' if impl == 'triton' else 'PyTorch'} implementation; no logits stored"
 
 

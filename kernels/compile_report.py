@@ -6,9 +6,11 @@
 Shared memory is what a program is launched with; spills are bytes of registers that went to memory.
 """
 
+import itertools
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from litropy.kernels.linear_head_triton_kernels import gradient_kernel, statistics_kernel
+from litropy.kernels.linear_head_ranking_kernels import ranking_kernel
+from litropy.kernels.linear_head_sparse_kernels import input_gradient_kernel, weight_gradient_kernel
+from litropy.kernels.linear_head_triton_kernels import block_kernel, gradient_kernel, statistics_kernel
 from litropy.kernels.tile_configs import tile_config
 
-__all__ = ["SHARED_MEMORY_LIMIT", "TARGETS", "CompiledKernel", "compile_kernel", "compile_report"]
+__all__ = ["SHARED_MEMORY_LIMIT", "TARGETS", "CompiledKernel", "compile_kernel", "compile_report", "table"]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -30,69 +34,108 @@ TARGETS = {
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# targets whose kernels over tiles load them through tensor descriptors
+TMA_TARGETS = ("sm_90", "sm_100")
 # bytes that one program may use
 SHARED_MEMORY_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
-KERNELS = (statistics_kernel, gradient_kernel)
-DTYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-# arguments of pointer type that are not in the inputs' dtype
-_OTHER_POINTERS = {"target_ptr": "*i64", "argmax_ptr": "*i64"}
-_INPUT_POINTERS = ("input_ptr", "weight_ptr", "bias_ptr", "dz_ptr")
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+# each kernel with its arguments that hold numbers in the inputs' dtype
+KERNELS: dict[Any, tuple[str, ...]] = {
+    statistics_kernel: ("input", "weight", "low_rank", "bias_ptr"),
+    gradient_kernel: ("input", "weight", "low_rank", "bias_ptr", "dz_ptr"),
+    block_kernel: ("logits_ptr",),
+    ranking_kernel: (),
+    input_gradient_kernel: ("dz_ptr", "weight_ptr"),
+    weight_gradient_kernel: ("out_ptr", "bias_ptr", "dz_ptr", "input_ptr"),
+}
+# arguments that may be tensor descriptors, and which block size their rows have
+_DESCRIBED = {"input": "BLOCK_N", "weight": "BLOCK_V", "low_rank": "BLOCK_V"}
+_INTEGERS = {"target_ptr": "*i64", "argmax_ptr": "*i64", "rank_ptr": "*i64", "kept_ptr": "*u8"}
+_INTEGERS |= dict.fromkeys(("list_ptr", "count_ptr", "order_ptr", "bounds_ptr"), "*i32")
+_NUMBERS = ("softcap", "inv_temperature", "label_smoothing", "z_loss", "top_p")
+# what is 1 in practice, which Triton specialises on at run time as well
+_UNIT_STRIDES = ("stride_d", "stride_w")
+# multiples of 16 in practice, beside pointers
+_ALIGNED = ("D", "V", "first", "stride_dz", "stride_n", "stride_v", "stride_low_rank", "stride_out", "stride_logits")
 _MATRIX_INSTRUCTION = re.compile(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma")
 
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """What one kernel takes on one target, all options on."""
+    """What one kernel takes on one target."""
 
     target: str
     kernel: str
     dtype: str
+    options: str  # "all" optional statistics and gradients, or "none"
     registers: int
     spills: int
     shared_memory: int
     matrix_instruction: str
+    loads: str  # "TMA" or "pointers"
 
 
-def _arguments(kernel: Any, dtype: torch.dtype, blocks: dict[str, int]) -> tuple[dict[str, str], dict[tuple[int], Any]]:
-    """Types of a kernel's arguments, and the values of those that are compile-time constants (every option on)."""
+def _arguments(
+    kernel: Any, dtype: torch.dtype, blocks: dict[str, int | bool], all_options: bool
+) -> tuple[dict[str, str], dict[tuple[int], Any]]:
+    """Types of a kernel's arguments, and the values of those that are compile-time constants."""
     types: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
+    number = DTYPES[dtype]
     for position, name in enumerate(kernel.arg_names):
-        if name in ("stride_d", "stride_w"):  # contiguous rows, which Triton specialises on at run time as well
+        if name in _UNIT_STRIDES:
             types[name], constants[position,] = "constexpr", 1
+        elif name in _DESCRIBED and blocks["TMA"]:
+            types[name] = f"tensordesc<{number}[{blocks[_DESCRIBED[name]]}, {blocks['BLOCK_D']}]>"
+        elif name in KERNELS[kernel]:
+            types[name] = f"*{number}"
         elif name.endswith("_ptr"):
-            types[name] = DTYPES[dtype] if name in _INPUT_POINTERS else _OTHER_POINTERS.get(name, "*fp32")
+            types[name] = _INTEGERS.get(name, "*fp32")
         elif name.isupper() and len(name) > 1:
-            types[name], constants[position,] = "constexpr", blocks.get(name, True)
+            needed = name in ("HAS_TARGET", "HAS_WEIGHT")
+            types[name], constants[position,] = "constexpr", blocks.get(name, all_options or needed)
         else:
-            types[name] = "fp32" if name in ("softcap", "inv_temperature") else "i32"
+            types[name] = "fp32" if name in _NUMBERS else "i32"
     return types, constants
 
 
-def compile_kernel(kernel: Any, dtype: torch.dtype, target: str) -> CompiledKernel:
+def compile_kernel(kernel: Any, dtype: torch.dtype, target: str, all_options: bool = True) -> CompiledKernel:
     """Compile one kernel with the tile that would be chosen at run time."""
     gpu = TARGETS[target]
-    tile = tile_config(dtype, gpu.backend)
-    blocks = {"BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "BLOCK_D": tile.block_d, "UPCAST": False}
-    types, constants = _arguments(kernel, dtype, blocks)
-    # pointers and row strides are multiples of 16 in practice; N and the number of tiles are anything
+    tma = target in TMA_TARGETS
+    tiled = kernel in (statistics_kernel, gradient_kernel)
+    tile = tile_config(dtype, gpu.backend, tma, heavy=tiled and all_options)
+    row_blocks = {block_kernel: 4096, ranking_kernel: 2048}
+    blocks: dict[str, int | bool] = {"BLOCK_N": tile.block_n, "BLOCK_V": row_blocks.get(kernel, tile.block_v)}
+    blocks |= {"BLOCK_D": tile.block_d, "BLOCK_W": 64, "BLOCK_K": 16, "UPCAST": False, "TMA": tma}
+    types, constants = _arguments(kernel, dtype, blocks, all_options)
     aligned = {
         (position,): [["tt.divisibility", 16]]
         for position, name in enumerate(kernel.arg_names)
-        if name.endswith("_ptr") or name in ("D", "V", "first", "stride_dz", "stride_n", "stride_v")
+        if types[name].startswith("*") or (name in _ALIGNED and types[name] == "i32")
     }
+    warps, stages = (tile.num_warps, tile.num_stages) if tiled else (8 if kernel in row_blocks else 4, 3)
     compiled = triton.compile(
         ASTSource(kernel, types, constexprs=constants, attrs=aligned),
         target=gpu,
-        options={"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True},
+        options={"num_warps": warps, "num_stages": min(stages, 2) if gpu.backend == "hip" else stages}
+        | {"enable_fp_fusion": True},
     )
     read = _amd_resources if gpu.backend == "hip" else _nvidia_resources
     registers, spills = read(compiled.asm)
     assembly = compiled.asm["amdgcn" if gpu.backend == "hip" else "ptx"]
     found = _MATRIX_INSTRUCTION.search(assembly)
-    name = str(dtype).removeprefix("torch.")
-    shared = compiled.metadata.shared
-    return CompiledKernel(target, kernel.__name__, name, registers, spills, shared, found.group() if found else "fma")
+    return CompiledKernel(
+        target,
+        kernel.__name__,
+        str(dtype).removeprefix("torch."),
+        "all" if all_options else "none",
+        registers,
+        spills,
+        compiled.metadata.shared,
+        found.group() if found else "fma",
+        "TMA" if "cp.async.bulk.tensor" in assembly else "pointers",
+    )
 
 
 def _nvidia_resources(asm: dict[str, Any]) -> tuple[int, int]:
@@ -117,16 +160,20 @@ def _amd_resources(asm: dict[str, Any]) -> tuple[int, int]:
     return int(registers.group(1)), int(spills.group(1))
 
 
-def compile_report() -> list[CompiledKernel]:
-    """Compile all kernels for all dtypes and targets."""
-    return [compile_kernel(kernel, dtype, target) for target in TARGETS for kernel in KERNELS for dtype in DTYPES]
+def compile_report(
+    dtypes: Sequence[torch.dtype] = tuple(DTYPES), options: Sequence[bool] = (False, True)
+) -> Iterator[CompiledKernel]:
+    """Compile all kernels for all targets, one after the other."""
+    for target, kernel, dtype, all_options in itertools.product(TARGETS, KERNELS, dtypes, options):
+        yield compile_kernel(kernel, dtype, target, all_options)
 
 
-def _table(rows: list[CompiledKernel]) -> str:
+def table(rows: Iterable[CompiledKernel]) -> str:
+    """The rows as a Markdown table."""
     names = [field.name.replace("_", " ") for field in fields(CompiledKernel)]
     lines = [names, ["---"] * len(names), *([str(value) for value in astuple(row)] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 if __name__ == "__main__":
-    print(_table(compile_report()))  # noqa: T201
+    print(table(compile_report()))  # noqa: T201

@@ -1,209 +1,241 @@
 """The linear head's row statistics as a PyTorch operator with a backward pass.
 
-For hidden states h [N, D], head weight W [V, D] and logits z that are never stored: each row's log-probability,
-log-sum-exp, entropy, mean log-probability and argmax. The backward pass recomputes the logits and turns cotangents of
-the first four into gradients of h, W and b. ``linear_head_reference.py`` has the mathematics, README.md in this
-folder how it is computed.
+For hidden states h [N, D], head weight W [V, D] and logits z that are never stored: the numbers of ``RowStats`` for
+each row. The backward pass recomputes the logits and turns the cotangents of the differentiable ones into gradients
+of h, W and b. ``linear_head_reference.py`` has the mathematics, README.md in this folder how it is computed.
 
-Shape key: N rows, D width, V vocabulary.
+Shape key: N rows, D width, V vocabulary, T tiles of it.
 """
 
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.library import custom_op
 
+from litropy.kernels.linear_head_dense import dense_statistics
 from litropy.kernels.linear_head_operands import (
-    Gradients,
-    Statistics,
+    HEAD_SCHEMA,
+    STATS_SCHEMA,
     check_target,
     gradient_buffers,
-    stat_fields,
+    returned,
     wanted_gradients,
 )
-from litropy.kernels.linear_head_torch import row_gradients, row_statistics
+from litropy.kernels.linear_head_skipping import select_tiles, tile_of
+from litropy.kernels.linear_head_sums import finish_sums, reduce_sums
+from litropy.kernels.linear_head_torch import row_gradients, row_sums
 from litropy.kernels.linear_head_types import Cotangents, Head, RowStats, Want
+from litropy.kernels.vocab_parallel import WHOLE, Shard, resolve_group
 
-__all__ = ["linear_head_rows"]
+__all__ = ["Plan", "linear_head_rows"]
 
 
-@custom_op("litropy::linear_head_rows", mutates_args=())
-def _rows(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor | None,
-    inv_temperature: float,
-    row_inv_temperature: Tensor | None,
-    softcap: float,
-    entropy: bool,
-    mean_logprob: bool,
-    argmax: bool,
-    impl: str,
-    budget: int,
-) -> Statistics:
-    check_target(target, weight.shape[0])
-    head = Head(weight, bias, inv_temperature, row_inv_temperature, softcap)
-    want = Want(entropy, mean_logprob, argmax)
-    if impl == "triton":
-        from litropy.kernels.linear_head_triton import row_statistics as triton_row_statistics
+class Plan(NamedTuple):
+    """How the statistics are computed."""
 
-        return stat_fields(triton_row_statistics(input, head, target, want))
-    return stat_fields(row_statistics(input, head, target, want, budget))
+    impl: Literal["triton", "torch"]
+    dtype: torch.dtype  # of the matrix products
+    budget: int  # workspace in bytes
+    skip_tol: float = 0.0  # largest share of a row's mass that the backward pass may leave out
+
+
+_PLAN_SCHEMA = "str impl, ScalarType dtype, int budget, float skip_tol"
+_SHARD_SCHEMA = "str group, Tensor? offset"
+_WANT_SCHEMA = (
+    "bool entropy, bool mean_logprob, bool argmax, bool varentropy, bool collision, bool entropy_drift, bool rank,"
+    " int top_k, float top_p, bool open_nucleus"
+)
+_HEAD, _WANT = len(Head._fields), len(Want._fields)
+
+
+def _unpack(
+    arguments: tuple[Any, ...],
+) -> tuple[Tensor, Head, Tensor | None, Want, Shard, Plan]:
+    input, *rest = arguments
+    head, target, rest = Head(*rest[:_HEAD]), rest[_HEAD], rest[_HEAD + 1 :]
+    want, shard, plan = Want(*rest[:_WANT]), Shard(*rest[_WANT : _WANT + 2]), Plan(*rest[_WANT + 2 :])
+    return input, head, target, want, shard, plan
+
+
+@custom_op(
+    "litropy::linear_head_rows",
+    mutates_args=(),
+    schema=f"(Tensor input, {HEAD_SCHEMA}, Tensor? target, {_WANT_SCHEMA}, {_SHARD_SCHEMA}, {_PLAN_SCHEMA})"
+    f" -> ({STATS_SCHEMA}, Tensor)",
+)
+def _rows(*arguments: Any) -> tuple[Tensor, ...]:
+    input, head, target, want, shard, plan = _unpack(arguments)
+    if not shard.group:
+        check_target(target, head.weight.shape[0])
+    input, head = input.to(plan.dtype), head.to(plan.dtype)
+    skips = plan.skip_tol > 0
+    stats = RowStats.zeros(input.shape[0], input, head.stats_dtype, target is not None, want, skips)
+    if want.ranking:
+        assert not skips, "statistics that rank logits have no backward pass that skips tiles"
+        if plan.impl == "triton" and not shard.group:
+            from litropy.kernels.linear_head_triton_ranking import ranked_statistics
+
+            stats.put(slice(None), ranked_statistics(input, head, target, want, plan.budget))
+        else:
+            stats.put(slice(None), dense_statistics(input, head, target, want, shard, plan.budget))
+        return (*stats.values(), _no_tiles(input))
+    if plan.impl == "triton":
+        from litropy.kernels.linear_head_triton import row_sums as triton_row_sums
+
+        sums, masses = triton_row_sums(input, head, target, want, skips)
+    else:
+        sums, masses = row_sums(input, head, target, want, plan.budget, skips)
+    group = resolve_group(shard.group)
+    if group is not None:
+        assert shard.offset is not None
+        seen = 1.0 if head.mean_weight is None else head.mean_weight.sum()
+        reduce_sums(sums, group, seen, shard.offset)
+    stats.put(slice(None), finish_sums(sums, target, 1.0 if head.mean_total is None else head.mean_total, want))
+    if masses is None:
+        return (*stats.values(), _no_tiles(input))
+    # with a softcap, what label smoothing adds to a tile cannot be had without its logits
+    tolerance = -1.0 if head.softcap and want.mean_logprob else plan.skip_tol
+    kept = select_tiles(masses, tile_of(plan.impl, plan.dtype), stats, target, want, tolerance, plan.budget, group)
+    return (*stats.values(), kept)
+
+
+def _no_tiles(like: Tensor) -> Tensor:
+    return like.new_empty(0, dtype=torch.bool)
 
 
 @_rows.register_fake
-def _(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor | None,
-    inv_temperature: float,
-    row_inv_temperature: Tensor | None,
-    softcap: float,
-    entropy: bool,
-    mean_logprob: bool,
-    argmax: bool,
-    impl: str,
-    budget: int,
-) -> Statistics:
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    return stat_fields(
-        RowStats.zeros(input.shape[0], input, dtype, target is not None, Want(entropy, mean_logprob, argmax))
-    )
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    input, head, target, want, _, plan = _unpack(arguments)
+    dtype = torch.float64 if plan.dtype == torch.float64 else torch.float32
+    skips = plan.skip_tol > 0
+    stats = RowStats.zeros(input.shape[0], input, dtype, target is not None, want, skips)
+    kept = _no_tiles(input)
+    if skips:
+        height, width = tile_of(plan.impl, plan.dtype)
+        kept = kept.new_empty((-(-input.shape[0] // height), -(-head.weight.shape[0] // width)))
+    return (*stats.values(), kept)
 
 
-@custom_op("litropy::linear_head_rows_backward", mutates_args=())
-def _rows_backward(
-    g_logprob: Tensor | None,
-    g_lse: Tensor | None,
-    g_entropy: Tensor | None,
-    g_mean_logprob: Tensor | None,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor | None,
-    max_logit: Tensor,
-    max_logprob: Tensor,
-    entropy: Tensor,
-    inv_temperature: float,
-    row_inv_temperature: Tensor | None,
-    softcap: float,
-    need_input: bool,
-    need_weight: bool,
-    need_bias: bool,
-    impl: str,
-    budget: int,
-) -> Gradients:
-    head = Head(weight, bias, inv_temperature, row_inv_temperature, softcap)
-    empty = max_logit[:0]
-    stats = RowStats(empty, max_logit - max_logprob, max_logit, max_logprob, entropy, empty, empty)
-    cotangents = Cotangents(g_logprob, g_lse, g_entropy, g_mean_logprob)
-    gradients = gradient_buffers(input, weight, bias, need_input, need_weight, need_bias)
-    wanted = wanted_gradients(gradients, need_input, need_weight, need_bias)
-    if impl == "triton":
+_STAT_NAMES = tuple(vars(RowStats()))
+_DIFFERENTIABLE = Cotangents._fields
+# what the backward pass reads of the statistics
+_SAVED = (
+    "logprob",
+    "max_logit",
+    "max_logprob",
+    "entropy",
+    "varentropy",
+    "nucleus_entropy",
+    "nucleus_boundary",
+    "nucleus_log_mass",
+)
+
+
+@custom_op(
+    "litropy::linear_head_rows_backward",
+    mutates_args=("master",),
+    schema=f"({', '.join(f'Tensor? g_{name}' for name in _DIFFERENTIABLE)}, Tensor input, {HEAD_SCHEMA},"
+    f" Tensor? target, {', '.join(f'Tensor {name}' for name in _SAVED)}, Tensor kept, bool[] need, str group,"
+    f" {_PLAN_SCHEMA}, Tensor(a!)? master) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _rows_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    g, input, head, target, stats, kept, need, group_name, plan, master = _unpack_backward(arguments)
+    gradients = gradient_buffers(input, head, need)
+    group = resolve_group(group_name)
+    if group is not None and gradients.input is not None:
+        # shares of all ranks are added before rounding
+        gradients = gradients._replace(input=gradients.input.to(head.to(plan.dtype).stats_dtype))
+    if master is not None:
+        gradients = gradients._replace(weight=master)
+    tiles = kept if kept.numel() else None
+    inputs = (input.to(plan.dtype), head.to(plan.dtype), target, stats, g, gradients, plan.budget, tiles)
+    if plan.impl == "triton":
         from litropy.kernels.linear_head_triton import row_gradients as triton_row_gradients
 
-        triton_row_gradients(input, head, target, stats, cotangents, wanted, budget)
+        triton_row_gradients(*inputs)
     else:
-        row_gradients(input, head, target, stats, cotangents, wanted, budget)
-    return gradients
+        row_gradients(*inputs)
+    if group is not None and gradients.input is not None:
+        dist.all_reduce(gradients.input, dist.ReduceOp.SUM, group)
+        gradients = gradients._replace(input=gradients.input.to(input.dtype))
+    if master is not None:
+        gradients = gradients._replace(weight=None)
+    return returned(gradients, input)
+
+
+def _unpack_backward(
+    arguments: tuple[Any, ...],
+) -> tuple[Cotangents, Tensor, Head, Tensor | None, RowStats, Tensor, tuple[bool, ...], str, Plan, Tensor | None]:
+    rest = list(arguments)
+
+    def take(count: int) -> list[Any]:
+        taken, rest[:count] = rest[:count], []
+        return taken
+
+    g, (input,), head, (target,) = Cotangents(*take(len(_DIFFERENTIABLE))), take(1), Head(*take(_HEAD)), take(1)
+    saved = dict(zip(_SAVED, take(len(_SAVED)), strict=True))
+    stats = RowStats(lse=saved["max_logit"] - saved["max_logprob"], **saved)
+    (kept, need, group), plan, (master,) = take(3), Plan(*take(4)), take(1)
+    return g, input, head, target, stats, kept, tuple(need), group, plan, master
 
 
 @_rows_backward.register_fake
-def _(
-    g_logprob: Tensor | None,
-    g_lse: Tensor | None,
-    g_entropy: Tensor | None,
-    g_mean_logprob: Tensor | None,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor | None,
-    max_logit: Tensor,
-    max_logprob: Tensor,
-    entropy: Tensor,
-    inv_temperature: float,
-    row_inv_temperature: Tensor | None,
-    softcap: float,
-    need_input: bool,
-    need_weight: bool,
-    need_bias: bool,
-    impl: str,
-    budget: int,
-) -> Gradients:
-    return gradient_buffers(input, weight, bias, need_input, need_weight, need_bias)
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    _, input, head, _, _, _, need, _, _, master = _unpack_backward(arguments)
+    gradients = gradient_buffers(input, head, need)
+    return returned(gradients if master is None else gradients._replace(weight=None), input)
 
 
-def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: Statistics) -> None:
-    (
-        input,
-        weight,
-        bias,
-        target,
-        ctx.inv_temperature,
-        row_inv_temperature,
-        ctx.softcap,
-        _,
-        _,
-        _,
-        ctx.impl,
-        ctx.budget,
-    ) = inputs
-    _, _, max_logit, max_logprob, entropy, _, argmax = output
+def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input, head, target, _, shard, ctx.plan = _unpack(inputs)
+    stats, ctx.group = dict(zip(_STAT_NAMES, output, strict=False)), shard.group
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(max_logit, max_logprob, argmax)
-    ctx.save_for_backward(input, weight, bias, target, row_inv_temperature, max_logit, max_logprob, entropy)
+    ctx.mark_non_differentiable(*(stats[name] for name in _STAT_NAMES if name not in _DIFFERENTIABLE), output[-1])
+    *tensors, ctx.inv_temperature, ctx.softcap = head
+    ctx.master = getattr(head.weight, "main_grad", None)
+    ctx.save_for_backward(input, *tensors, target, *(stats[name] for name in _SAVED), output[-1])
 
 
 def _rows_autograd(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-    input, weight, bias, target, row_inv_temperature, max_logit, max_logprob, entropy = ctx.saved_tensors
-    g_logprob, g_lse, _, _, g_entropy, g_mean_logprob, _ = (
-        None if g is None or not g.numel() else g.contiguous() for g in cotangents
-    )
-    need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
-    gradients = _rows_backward(
-        g_logprob,
-        g_lse,
-        g_entropy,
-        g_mean_logprob,
-        input,
-        weight,
-        bias,
-        target,
-        max_logit,
-        max_logprob,
-        entropy,
-        ctx.inv_temperature,
-        row_inv_temperature,
-        ctx.softcap,
-        need_input,
-        need_weight,
-        need_bias,
-        ctx.impl,
-        ctx.budget,
-    )
-    return (*wanted_gradients(gradients, need_input, need_weight, need_bias), *[None] * 9)
+    input, *rest = ctx.saved_tensors
+    tensors, target, saved, kept = rest[: _HEAD - 2], rest[_HEAD - 2], rest[_HEAD - 1 : -1], rest[-1]
+    by_name = dict(zip(_STAT_NAMES, cotangents, strict=False))
+    g = [by_name[name] for name in _DIFFERENTIABLE]
+    g = [None if x is None or not x.numel() else x.contiguous() for x in g]
+    need = list(ctx.needs_input_grad[:4])
+    head = (*tensors, ctx.inv_temperature, ctx.softcap)
+    master = ctx.master if need[1] else None
+    gradients = _rows_backward(*g, input, *head, target, *saved, kept, need, ctx.group, *ctx.plan, master)
+    if master is not None:
+        need[1] = False
+    return (*wanted_gradients(gradients, tuple(need)), *[None] * (_HEAD - 3 + 1 + _WANT + 2 + len(Plan._fields)))
 
 
 _rows.register_autograd(_rows_autograd, setup_context=_rows_setup)
 
 
-def linear_head_rows(input: Tensor, head: Head, target: Tensor | None, want: Want, impl: str, budget: int) -> RowStats:
-    """Statistics of every row, differentiable with respect to input, weight and bias (all but argmax).
+def linear_head_rows(
+    input: Tensor, head: Head, target: Tensor | None, want: Want, plan: Plan, shard: Shard = WHOLE
+) -> tuple[RowStats, Tensor]:
+    """Statistics of every row, differentiable with respect to input, weight, bias and low-rank matrix.
+
+    Where the weight has an attribute ``main_grad``, a [V, D] tensor, its gradient is added there and nowhere else.
 
     Args:
-        input: hidden states, [N, D], in the dtype of the head.
+        input: hidden states, [N, D], or [N, D + R] for a head with a low-rank addition.
         head: the head.
         target: token ids, [N] int64; negative rows are ignored: 0 everywhere, no gradient.
         want: the optional statistics.
-        impl: ``"triton"`` or ``"torch"``.
-        budget: workspace in bytes.
+        plan: how.
+        shard: which part of the vocabulary this rank holds; ``target`` has the ids of the shard.
+
+    Returns:
+        The statistics, and which tiles the backward pass keeps (empty without ``skip_tol``).
 
     Raises:
         ValueError: if a target is outside the vocabulary, on a CPU; on a GPU that row is NaN.
     """
-    scalars = (head.inv_temperature, head.row_inv_temperature, head.softcap)
-    wants = (want.entropy, want.mean_logprob, want.argmax)
-    return RowStats(*_rows(input, head.weight, head.bias, target, *scalars, *wants, impl, budget))
+    *stats, kept = _rows(input, *head, target, *want, *shard, *plan)
+    return RowStats(*stats), kept

@@ -1,16 +1,19 @@
-"""Loss and gradients of a linear head in one pass of plain PyTorch, for losses that weigh each row by a known number.
+"""Loss and gradients of a linear head in one pass, for losses that weigh each row by a known number.
 
 A block of whole rows of logits fits the workspace, so its softmax gradient follows at once and nothing is recomputed:
 6 N D V floating-point operations instead of the 8 of statistics followed by a backward pass. The gradients are those
-of ``sum_n row_weight_n ((1 - s) nll + s mean_v(-log p_v) + z_loss lse^2)``; what autograd multiplies them by comes
-later.
+of ``sum_n row_weight_n row_loss_n``; what autograd multiplies them by comes later.
 
 Shape key: N rows, D width, V vocabulary; n is the number of rows in a block.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from litropy.kernels.linear_head_sums import Sums, finish_sums
 from litropy.kernels.linear_head_tiles import (
     Rows,
     Workspace,
@@ -21,92 +24,160 @@ from litropy.kernels.linear_head_tiles import (
     raw_logits,
     scratch_elements,
 )
-from litropy.kernels.linear_head_torch import StreamingState, add_target_gradient_
-from litropy.kernels.linear_head_types import Head, RowStats, Want, loss_cotangents
+from litropy.kernels.linear_head_torch import add_target_gradient_, add_tile
+from litropy.kernels.linear_head_types import Gradients, Head, RowStats, Want, loss_cotangents
 
-__all__ = ["fused_gradients", "fused_rows"]
+__all__ = ["BlockGradient", "RowLoss", "fused_gradients", "pays", "rows_that_fit"]
 
 # fewer rows than this leave the matrix products bound by the traffic of the weight
-_MIN_ROWS = 32
+_MIN_ROWS = {"cpu": 32, "cuda": 1024}
 # a half-precision weight gradient is rounded once a block; more roundings than this could exceed the error budget
 _MAX_HALF_ROUNDINGS = 6
 
 
-def fused_rows(num_rows: int, head: Head, budget: int) -> int:
-    """Rows in a block of whole rows, or 0 where statistics followed by a backward pass are the better way."""
-    V = head.weight.shape[0]
-    if head.weight.dtype == torch.float16:
-        # the scale of a loss scaler comes with the backward pass only: by then small gradients would be 0
+class RowLoss(NamedTuple):
+    """A row's loss and its weight: ``row_weight ((1 - s) w_y nll + s sum_v c_v (-log p_v) + z_loss lse^2)``."""
+
+    row_weight: Tensor  # [N]
+    nll_weight: Tensor | None = None  # [N], w_y
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+    def of_rows(self, rows: Tensor | slice) -> "RowLoss":
+        """The loss of some rows."""
+        nll_weight = None if self.nll_weight is None else self.nll_weight[rows]
+        return self._replace(row_weight=self.row_weight[rows], nll_weight=nll_weight)
+
+
+def rows_that_fit(num_rows: int, vocabulary: int, dtype: torch.dtype, budget: int) -> int:
+    """The greatest number of whole rows of logits in the workspace, in blocks of about equal size; 0 if none fits.
+
+    Args:
+        num_rows: N.
+        vocabulary: V.
+        dtype: dtype of the matrix products.
+        budget: workspace in bytes.
+    """
+    n = min(num_rows, logit_elements(dtype, budget) // max(1, vocabulary))
+    if not n or scratch_elements(budget) < vocabulary:
         return 0
-    n = min(num_rows, logit_elements(head, budget) // V)
-    if not n or n < min(num_rows, _MIN_ROWS) or scratch_elements(budget) < V:
-        return 0
-    # blocks of about equal size, in multiples of 16 rows, which matrix libraries like
     num_blocks = -(-num_rows // n)
-    n = min(n, -(-num_rows // (16 * num_blocks)) * 16)
-    return 0 if head.weight.dtype != head.stats_dtype and n * _MAX_HALF_ROUNDINGS < num_rows else n
+    # multiples of 16 rows, which matrix libraries like
+    return min(n, -(-num_rows // (16 * num_blocks)) * 16)
+
+
+def pays(
+    num_rows: int, vocabulary: int, dtype: torch.dtype, gradient_dtype: torch.dtype, device: str, budget: int
+) -> bool:
+    """Whether blocks are so large that one pass beats statistics followed by a backward pass, and exact enough.
+
+    Args:
+        num_rows: N.
+        vocabulary: V.
+        dtype: dtype of the matrix products.
+        gradient_dtype: dtype of the weight's gradient.
+        device: type of the device.
+        budget: workspace in bytes.
+    """
+    n = rows_that_fit(num_rows, vocabulary, dtype, budget)
+    if n < min(num_rows, _MIN_ROWS.get(device, 1024)):
+        return False
+    is_exact = gradient_dtype in (torch.float32, torch.float64)
+    return is_exact or n * _MAX_HALF_ROUNDINGS >= num_rows
+
+
+BlockGradient = Callable[[Tensor, Head, Tensor, RowLoss, Want, Workspace, Tensor | None], RowStats]
 
 
 def fused_gradients(
     input: Tensor,
     head: Head,
     target: Tensor,
-    row_weight: Tensor,
-    label_smoothing: float,
-    z_loss: float,
+    loss: RowLoss,
     want: Want,
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+    gradients: Gradients,
     budget: int,
+    block_gradient: BlockGradient | None = None,
 ) -> RowStats:
-    """Return the statistics of every row and write the gradients that are given.
+    """Return the statistics of every row and write the gradients that are wanted.
 
     Args:
         input: hidden states, [N, D].
-        head: the head, [V, D]; ``fused_rows`` must not be 0.
+        head: the head, [V, D]; at least one row must fit the workspace.
         target: token ids, [N]; negative rows are ignored.
-        row_weight: weight of each row's loss, [N].
-        label_smoothing: s in the formula above.
-        z_loss: factor of the squared log-sum-exp.
+        loss: what each row's loss is.
         want: optional statistics.
-        gradients: of input [N, D], zero-initialised, weight [V, D] and bias [V].
+        gradients: of input, weight, bias and low-rank matrix; the weight's may be uninitialised, the others are 0.
         budget: workspace in bytes.
+        block_gradient: turns a block of raw logits into their gradient in place; None for PyTorch's own operations.
     """
-    d_input, d_weight, d_bias = gradients
     V = head.weight.shape[0]
     rows = Rows.of(input, target)
-    n_max = fused_rows(len(rows), head, budget) or 1
-    assert n_max > 1 or len(rows) <= 1, "whole rows do not fit the budget"
+    n_max = rows_that_fit(len(rows), V, head.weight.dtype, budget) or 1
     work = Workspace(head, n_max, V, budget)
-    sum_bias = None if d_bias is None else torch.zeros_like(d_bias, dtype=head.stats_dtype)
+    num_blocks = -(-len(rows) // n_max)
+    sum_bias = None if gradients.bias is None else torch.zeros_like(gradients.bias, dtype=head.stats_dtype)
+    sums = [(columns, out, _accumulator(out, head, num_blocks)) for columns, out in gradients.factors(head)]
     stats = RowStats.zeros(input.shape[0], input, head.stats_dtype, True, want)
     first = True
     for index, hidden, block_target in rows.blocks(n_max):
         assert block_target is not None
         tile = raw_logits(hidden, head, slice(0, V), work)
-        block_stats = stats[index]
-        weight, inv_temperature = row_weight[index], head.row_scale(index)
-        for part, z, u, e, slope in cached_parts(tile, work):
-            final_logits_(z, head, None if inv_temperature is None else inv_temperature[part], slope)
-            state = StreamingState(z.shape[0], head, want)
-            state.add(slice(None), z, u, e, 0, block_target[part])
-            part_stats = state.finish(block_target[part], V)
-            block_stats.put(part, part_stats)
-            cotangents = loss_cotangents(weight[part], part_stats.lse, label_smoothing, z_loss)
-            e.mul_((cotangents.of_p(part_stats.lse) / state.s)[:, None])
-            add_target_gradient_(e, 0, V, block_target[part], cotangents)
-            apply_slope_(e, slope, head)
-            if sum_bias is not None:
-                sum_bias += e.sum(0)
-            tile[part].copy_(e)
-        stats.put(index, block_stats)
-        if d_input is not None:
-            d_input[index] = torch.mm(tile, head.weight)
-        if d_weight is not None:
-            # the first product overwrites what is there, which saves filling a [V, D] tensor with zeros
-            d_weight.addmm_(tile.t(), hidden, beta=0 if first else 1)
+        turn = block_gradient or _torch_block_gradient
+        stats.put(index, turn(tile, head.of_rows(index), block_target, loss.of_rows(index), want, work, sum_bias))
+        if gradients.input is not None:
+            for columns, matrix in head.factors():
+                gradients.input[index, columns] = torch.mm(tile, matrix).to(gradients.input.dtype)
+        for columns, _, total in sums:
+            _add_product(total, tile.t(), hidden[:, columns], first)
         first = False
-    if first and d_weight is not None:
-        d_weight.zero_()
-    if d_bias is not None and sum_bias is not None:
-        d_bias.copy_(sum_bias)
+    for _, out, total in sums:
+        if first:
+            out.zero_()
+        elif total is not out:
+            out.copy_(total)
+    if gradients.bias is not None and sum_bias is not None:
+        gradients.bias.copy_(sum_bias)
+    return stats
+
+
+def _accumulator(out: Tensor, head: Head, num_blocks: int) -> Tensor:
+    """Where to sum up a matrix's gradient: in place if its dtype stands the roundings, else in float32."""
+    if out.dtype == head.stats_dtype or num_blocks <= _MAX_HALF_ROUNDINGS:
+        return out
+    return torch.empty_like(out, dtype=head.stats_dtype)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """``total += a @ b``; the first product overwrites, which saves filling a [V, D] tensor with zeros."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b, beta=0 if first else 1)
+    elif total.device.type == "cuda" and total.dtype == torch.float32:
+        torch.addmm(total, a, b, beta=0 if first else 1, out_dtype=torch.float32, out=total)
+    elif first:
+        total.copy_(torch.mm(a, b))
+    else:
+        total += torch.mm(a, b)
+
+
+def _torch_block_gradient(
+    tile: Tensor, head: Head, target: Tensor, loss: RowLoss, want: Want, work: Workspace, sum_bias: Tensor | None
+) -> RowStats:
+    """Turn raw logits [n, V] into their gradient in place; add that of the bias; return the rows' statistics."""
+    stats = RowStats.zeros(tile.shape[0], tile, head.stats_dtype, True, want)
+    for part, z, u, e, slope in cached_parts(tile, work):
+        part_head, part_loss = head.of_rows(part), loss.of_rows(part)
+        final_logits_(z, part_head, slope)
+        sums = Sums.start((z.shape[0],), z, head.stats_dtype, True, want)
+        add_tile(sums, slice(None), z, u, e, 0, head, target[part])
+        found = finish_sums(sums, target[part], 1.0 if head.mean_total is None else head.mean_total, want)
+        stats.put(part, found)
+        weight, nll_weight, label_smoothing, z_loss = part_loss
+        cotangents = loss_cotangents(weight, nll_weight, found.lse, label_smoothing, z_loss)
+        e.mul_((cotangents.of_p(found.lse, head.mean_total) / sums.s)[:, None])
+        add_target_gradient_(e, 0, head, target[part], cotangents)
+        apply_slope_(e, slope, head)
+        if sum_bias is not None:
+            sum_bias += e.sum(0)
+        tile[part].copy_(e)
     return stats

@@ -1,4 +1,4 @@
-"""What the operators of the linear head share: checks, and the tuples that an operator's schema is made of.
+"""What the operators of the linear head share: checks, schemas, and buffers for gradients.
 
 Shape key: N rows, D width, V vocabulary.
 """
@@ -6,12 +6,16 @@ Shape key: N rows, D width, V vocabulary.
 import torch
 from torch import Tensor
 
-from litropy.kernels.linear_head_types import RowStats
+from litropy.kernels.linear_head_types import Gradients, Head, RowStats
 
-__all__ = ["Gradients", "Statistics", "check_target", "gradient_buffers", "stat_fields", "wanted_gradients"]
+__all__ = ["HEAD_SCHEMA", "STATS_SCHEMA", "check_target", "gradient_buffers", "returned", "wanted_gradients"]
 
-Statistics = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-Gradients = tuple[Tensor, Tensor, Tensor]
+# a schema is written out once and not inferred, so that operators can take and return the fields of a named tuple
+HEAD_SCHEMA = (
+    "Tensor weight, Tensor? bias, Tensor? low_rank, Tensor? mean_weight, Tensor? mean_total,"
+    " Tensor? row_inv_temperature, float inv_temperature, float softcap"
+)
+STATS_SCHEMA = ", ".join(["Tensor"] * len(vars(RowStats())))
 
 
 def check_target(target: Tensor | None, vocabulary: int) -> None:
@@ -23,46 +27,36 @@ def check_target(target: Tensor | None, vocabulary: int) -> None:
         )
 
 
-def gradient_buffers(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    need_input: bool,
-    need_weight: bool,
-    need_bias: bool,
-    zero_weight: bool = True,
-) -> Gradients:
-    """Zeros in the shape of each gradient that is needed, and tensors of no elements for the others.
+def gradient_buffers(input: Tensor, head: Head, need: tuple[bool, ...], zero_weight: bool = True) -> Gradients:
+    """Zeros in the shape and dtype of each gradient that is needed, None for the others.
 
-    ``zero_weight=False`` leaves the weight's gradient uninitialised.
+    Args:
+        input: hidden states, [N, D].
+        head: the head in its own dtype.
+        need: whether gradients of input, weight, bias and low-rank matrix are needed.
+        zero_weight: whether the matrices' gradients are zeroed, or left uninitialised.
     """
 
-    def zeros(wanted: bool, like: Tensor | None) -> Tensor:
-        if wanted and like is not None:
-            return torch.zeros_like(like, memory_format=torch.contiguous_format)
-        return input.new_zeros(0)
+    def buffer(wanted: bool, like: Tensor | None, zero: bool = True) -> Tensor | None:
+        if not wanted or like is None:
+            return None
+        make = torch.zeros_like if zero else torch.empty_like
+        return make(like, memory_format=torch.contiguous_format)
 
-    if need_weight and not zero_weight:
-        d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    else:
-        d_weight = zeros(need_weight, weight)
-    return zeros(need_input, input), d_weight, zeros(need_bias, bias)
-
-
-def wanted_gradients(gradients: Gradients, *need: bool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients that are needed, None for the others, as autograd wants them."""
-    input, weight, bias = (gradient if wanted else None for gradient, wanted in zip(gradients, need, strict=True))
-    return input, weight, bias
-
-
-def stat_fields(stats: RowStats) -> Statistics:
-    """The statistics in the order of ``RowStats``, as an operator returns them."""
-    return (
-        stats.logprob,
-        stats.lse,
-        stats.max_logit,
-        stats.max_logprob,
-        stats.entropy,
-        stats.mean_logprob,
-        stats.argmax,
+    need_input, need_weight, need_bias, need_low_rank = need
+    return Gradients(
+        buffer(need_input, input),
+        buffer(need_weight, head.weight, zero_weight),
+        buffer(need_bias, head.bias),
+        buffer(need_low_rank, head.low_rank, zero_weight),
     )
+
+
+def returned(gradients: Gradients, like: Tensor) -> tuple[Tensor, ...]:
+    """Gradients as an operator returns them: tensors of no elements for those that nobody needs."""
+    return tuple(like.new_zeros(0) if gradient is None else gradient for gradient in gradients)
+
+
+def wanted_gradients(gradients: tuple[Tensor, ...], need: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """Gradients as autograd wants them: None for those that nobody needs."""
+    return tuple(gradient if wanted else None for gradient, wanted in zip(gradients, need, strict=True))

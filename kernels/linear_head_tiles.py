@@ -41,9 +41,9 @@ def ranges(total: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, total)) for start in range(0, total, step))
 
 
-def logit_elements(head: Head, budget: int) -> int:
-    """How many logits in the head's dtype a workspace of ``budget`` bytes may hold."""
-    return max(1, int(budget * _LOGITS_SHARE) // head.weight.element_size())
+def logit_elements(dtype: torch.dtype, budget: int) -> int:
+    """How many logits of a dtype a workspace of ``budget`` bytes may hold."""
+    return max(1, int(budget * _LOGITS_SHARE) // dtype.itemsize)
 
 
 def scratch_elements(budget: int) -> int:
@@ -72,6 +72,13 @@ class Rows:
     def __len__(self) -> int:
         return self.input.shape[0] if self.valid is None else self.valid.shape[0]
 
+    def among(self, wanted: Tensor) -> "Rows":
+        """Those of the rows that are marked in ``wanted`` [N] bool."""
+        if self.valid is not None:
+            return Rows(self.input, self.target, self.valid[wanted[self.valid]])
+        index = wanted.nonzero()[:, 0]
+        return self if len(index) == len(wanted) else Rows(self.input, self.target, index)
+
     def blocks(self, step: int) -> Iterator[tuple[Tensor | slice, Tensor, Tensor | None]]:
         """Yield the index of each block, its hidden states [n, D] and its targets [n]."""
         for part in ranges(len(self), step):
@@ -79,23 +86,33 @@ class Rows:
             yield index, self.input[index], None if self.target is None else self.target[index]
 
 
-def tile_shape(rows: Rows, head: Head, budget: int) -> tuple[int, int]:
-    """Rows and columns of a tile of logits; never narrower than 64 columns, however small the budget."""
+def tile_shape(rows: Rows, head: Head, budget: int, multiple: int = 1, gathers: bool = False) -> tuple[int, int]:
+    """Rows and columns of a tile of logits; never narrower than 64 columns, however small the budget.
+
+    Args:
+        rows: the rows that count.
+        head: the head.
+        budget: workspace in bytes.
+        multiple: the number of columns is a multiple of this, or all; V makes it whole rows.
+        gathers: whether rows are copied, even where all of them count.
+    """
     V, D = head.weight.shape
-    n = min(len(rows), _MAX_ROWS, logit_elements(head, budget))
-    if rows.valid is not None:  # gathered hidden states take room as well
+    n = min(len(rows), _MAX_ROWS, logit_elements(head.weight.dtype, budget) // max(1, min(multiple, V)))
+    if rows.valid is not None or gathers:  # gathered hidden states take room as well
         n = min(n, max(64, budget // (8 * D * head.weight.element_size())))
-    v = min(V, scratch_elements(budget), logit_elements(head, budget) // max(1, n))
+    v = min(V, scratch_elements(budget), logit_elements(head.weight.dtype, budget) // max(1, n))
     if n < len(rows):  # and so do the sums of the weight's gradient over several blocks
         v = min(v, max(_MIN_COLUMNS, budget // (8 * D * 4)))
-    return max(1, n), max(v, min(V, _MIN_COLUMNS))
+    v = max(v, min(V, _MIN_COLUMNS))
+    return max(1, n), min(V, max(multiple, v // multiple * multiple))
 
 
 class Workspace:
     """Buffers of one call, allocated once: a tile of logits, and cache-sized scratch for the elementwise passes."""
 
-    def __init__(self, head: Head, n: int, v: int, budget: int) -> None:
-        self.cached = max(v, min(_CACHED, scratch_elements(budget)))
+    def __init__(self, head: Head, n: int, v: int, budget: int, whole: bool = False) -> None:
+        # ``whole``: the elementwise passes take all rows of a tile at a time
+        self.cached = n * v if whole else max(v, min(_CACHED, scratch_elements(budget)))
         scratch = min(n * v, self.cached)
         self.logits = head.weight.new_empty(n * v)
         self.is_half = head.weight.dtype != head.stats_dtype
@@ -104,38 +121,40 @@ class Workspace:
 
 
 def raw_logits(hidden: Tensor, head: Head, columns: slice, work: Workspace) -> Tensor:
-    """``h W^T + b`` of some vocabulary columns, [n, v], in the workspace and the head's dtype."""
-    n, v = hidden.shape[0], columns.stop - columns.start
+    """``h W^T + u B^T + b`` of some vocabulary columns, [n, v], in the workspace and the head's dtype."""
+    n, v, D = hidden.shape[0], columns.stop - columns.start, head.weight.shape[1]
     tile = work.logits[: n * v].view(n, v)
     weight = head.weight[columns].t()
     bias = None if head.bias is None else head.bias[columns]
-    for part in ranges(v, _PRODUCT_COLUMNS):
+    for part in ranges(v, _PRODUCT_COLUMNS if tile.device.type == "cpu" else v):
         if bias is None:
-            torch.mm(hidden, weight[:, part], out=tile[:, part])
+            torch.mm(hidden[:, :D], weight[:, part], out=tile[:, part])
         else:
-            torch.addmm(bias[part], hidden, weight[:, part], out=tile[:, part])
+            torch.addmm(bias[part], hidden[:, :D], weight[:, part], out=tile[:, part])
+    if head.low_rank is not None:
+        tile.addmm_(hidden[:, D:], head.low_rank[columns].t())
     return tile
 
 
 def cached_parts(tile: Tensor, work: Workspace) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
     """Go through a tile [n, v] a few rows at a time: the rows, their logits in the statistics' dtype, scratch."""
     n, v = tile.shape
-    for part in ranges(n, max(1, work.cached // v)):
+    for part in ranges(n, max(1, work.cached // max(1, v))):
         raw = tile[part]
         u, e, slope = (x[: raw.numel()].view(raw.shape) for x in (work.u, work.e, work.slope))
         yield part, work.z[: raw.numel()].view(raw.shape).copy_(raw) if work.is_half else raw, u, e, slope
 
 
-def final_logits_(z: Tensor, head: Head, inv_temperature: Tensor | None, slope: Tensor | None = None) -> None:
+def final_logits_(z: Tensor, head: Head, slope: Tensor | None = None) -> None:
     """Turn raw logits [n, v] into final ones in place; d final / d raw goes to ``slope`` where it is not 1.
 
     Args:
         z: raw logits.
-        head: softcap and scalar temperature.
-        inv_temperature: one value a row, [n], in place of the scalar.
+        head: softcap and temperatures, as these rows see them.
         slope: scratch of the shape of ``z``.
     """
-    scale = head.inv_temperature if inv_temperature is None else inv_temperature[:, None].to(z.dtype)
+    per_row = head.row_inv_temperature
+    scale = head.inv_temperature if per_row is None else per_row[:, None].to(z.dtype)
     if head.softcap:
         z.div_(head.softcap).tanh_()
         if slope is not None:

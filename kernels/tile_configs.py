@@ -3,7 +3,7 @@
 ``python -m litropy.kernels.compile_report`` shows what they take on every target; all fit the shared memory.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,8 +21,22 @@ class TileConfig:
     num_stages: int
 
 
-def tile_config(dtype: torch.dtype, backend: str = "cuda") -> TileConfig:
-    """Choose the tile for inputs of ``dtype``; ``backend`` is Triton's name, ``"cuda"`` or ``"hip"``."""
+def tile_config(dtype: torch.dtype, backend: str = "cuda", tma: bool = False, heavy: bool = False) -> TileConfig:
+    """Choose the tile of the linear head's kernels; rows and columns depend on dtype and ``heavy`` alone.
+
+    Args:
+        dtype: dtype of the matrix products.
+        backend: Triton's name for the device, ``"cuda"`` or ``"hip"``.
+        tma: whether operands come through tensor descriptors (Hopper and Blackwell).
+        heavy: whether so many statistics are wanted that a tile must be narrower to stay in registers.
+    """
+    config = _config(dtype, backend, tma)
+    return replace(config, block_v=config.block_v // 2) if heavy else config
+
+
+def _config(dtype: torch.dtype, backend: str, tma: bool) -> TileConfig:
     if dtype == torch.float32:  # no tensor cores at full precision: small tiles keep the accumulators in registers
         return TileConfig(64, 64, 32, num_warps=4, num_stages=2)
+    if tma:  # 128 bytes of a row at a time, the widest swizzle
+        return TileConfig(128, 128, 64, num_warps=8, num_stages=3)
     return TileConfig(128, 128, 32, num_warps=8, num_stages=2 if backend == "hip" else 4)

@@ -1,0 +1,148 @@
+"""Streaming sums of rows of logits: what a tile adds, how parts of the vocabulary merge, what the sums mean.
+
+Centred at the running maximum m, with u = z - m::
+
+    s = sum exp u    t = sum u exp u    t2 = sum u^2 exp u    b = sum exp 2u    bt = sum u exp 2u    r = sum c u
+
+Two sets of sums merge by moving both to the greater maximum and adding, in any order: a tile at a time, shares of the
+vocabulary of one GPU, or shards on several ranks. README.md in this folder has the derivation.
+
+Shape key: n rows, S parts of the vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from litropy.kernels.linear_head_types import RowStats, Want
+
+__all__ = ["Sums", "finish_sums", "merge_sums", "reduce_sums"]
+
+
+@dataclass
+class Sums:
+    """Sums of n rows, each [n] (or [S, n] before S parts are merged); what nobody asked for is [0]."""
+
+    m: Tensor
+    s: Tensor
+    t: Tensor
+    t2: Tensor
+    b: Tensor
+    bt: Tensor
+    r: Tensor
+    z_target: Tensor
+    found: Tensor  # 1 where this part of the vocabulary holds the target
+    argmax: Tensor  # int64
+
+    @staticmethod
+    def start(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype, has_target: bool, want: Want) -> "Sums":
+        """The sums of no logits at all."""
+
+        def zeros(present: bool, dtype: torch.dtype = dtype) -> Tensor:
+            return like.new_zeros(shape if present else (0,), dtype=dtype)
+
+        return Sums(
+            m=like.new_full(shape, -math.inf, dtype=dtype),
+            s=zeros(True),
+            t=zeros(want.first_moment),
+            t2=zeros(want.varentropy),
+            b=zeros(want.collision or want.entropy_drift),
+            bt=zeros(want.entropy_drift),
+            r=zeros(want.mean_logprob),
+            z_target=zeros(has_target),
+            found=zeros(has_target),
+            argmax=zeros(want.argmax, torch.int64),
+        )
+
+    def move(self, rows: Tensor | slice, m: Tensor, seen: float | Tensor) -> Tensor:
+        """Centre some rows at ``m``, at least as great as before; ``seen`` is the sum of c so far. Returns the centre.
+
+        Rows that have seen only -inf are centred at 0: their sums stay 0 instead of NaN.
+        """
+        m_old, s = self.m[rows], self.s[rows]
+        centre = m.masked_fill(m == -math.inf, 0.0)
+        d = (m_old - centre).masked_fill(m_old == -math.inf, 0.0)
+        decay = d.exp()
+        if self.t2.numel():
+            self.t2[rows] = decay * (self.t2[rows] + d * (2 * self.t[rows] + d * s))
+        if self.t.numel():
+            self.t[rows] = decay * (self.t[rows] + d * s)
+        if self.bt.numel():
+            self.bt[rows] = decay * decay * (self.bt[rows] + d * self.b[rows])
+        if self.b.numel():
+            self.b[rows] = decay * decay * self.b[rows]
+        if self.r.numel():
+            self.r[rows] += seen * d
+        self.s[rows] = decay * s
+        self.m[rows] = m
+        return centre
+
+    def additive(self) -> list[Tensor]:
+        """The fields that add up once they share a centre."""
+        fields = (self.s, self.t, self.t2, self.b, self.bt, self.r, self.z_target, self.found)
+        return [x for x in fields if x.numel()]
+
+
+def merge_sums(parts: Sums, seen: Tensor) -> Sums:
+    """Merge the sums of S parts of the vocabulary, each [S, n], in the order of their columns.
+
+    Args:
+        parts: the sums.
+        seen: sum of the mean's weights c in each part, [S, 1].
+    """
+    if parts.argmax.numel():
+        # the first of the greatest parts, so that a tie keeps the lower index
+        parts.argmax = parts.argmax.gather(0, parts.m.argmax(0, keepdim=True))[0]
+    parts.move(slice(None), parts.m.amax(0).expand_as(parts.m), seen)
+    summed = {name: x.sum(0) for name, x in vars(parts).items() if x.ndim > 1}
+    return Sums(**(vars(parts) | summed | {"m": parts.m[0]}))
+
+
+def reduce_sums(sums: Sums, group: dist.ProcessGroup, seen: float | Tensor, offset: Tensor) -> None:
+    """Merge the sums of every rank's shard of the vocabulary: one max and one sum over the group.
+
+    Args:
+        sums: this shard's, [n]; on return those of the whole vocabulary.
+        group: the ranks that hold the shards.
+        seen: sum of the mean's weights c in this shard.
+        offset: id of this shard's first entry; the argmax becomes a global id, at the cost of one more reduction.
+    """
+    m = sums.m.clone()
+    dist.all_reduce(m, dist.ReduceOp.MAX, group)
+    if sums.argmax.numel():
+        nowhere = torch.iinfo(torch.int64).max
+        sums.argmax = torch.where(sums.m == m, sums.argmax + offset, nowhere)
+        dist.all_reduce(sums.argmax, dist.ReduceOp.MIN, group)
+    sums.move(slice(None), m, seen)
+    fields = sums.additive()
+    total = torch.stack(fields)
+    dist.all_reduce(total, dist.ReduceOp.SUM, group)
+    for mine, whole in zip(fields, total, strict=True):
+        mine.copy_(whole)
+
+
+def finish_sums(sums: Sums, target: Tensor | None, mean_total: float | Tensor, want: Want) -> RowStats:
+    """Turn the sums of the whole vocabulary into statistics; ignored rows get 0, a target that no part has NaN."""
+    log_s = sums.s.log()
+    empty = log_s[:0]
+    mean_u = sums.t / sums.s if want.first_moment else empty
+    entropy = log_s - mean_u if want.first_moment else empty
+    stats = RowStats(
+        logprob=empty,
+        lse=sums.m + log_s,
+        max_logit=sums.m,
+        max_logprob=-log_s,
+        entropy=entropy if want.entropy or want.varentropy else empty,
+        mean_logprob=sums.r - mean_total * log_s if want.mean_logprob else empty,
+        varentropy=(sums.t2 / sums.s - mean_u.square()).clamp_min(0) if want.varentropy else empty,
+        collision=sums.b / sums.s.square() if want.collision else empty,
+        entropy_drift=(sums.bt - mean_u * sums.b) / sums.s.square() if want.entropy_drift else empty,
+        argmax=sums.argmax,
+    )
+    if target is not None:
+        stats.logprob = (sums.z_target - sums.m - log_s).masked_fill(sums.found == 0, math.nan)
+        stats.zero_where(target < 0)
+    return stats
