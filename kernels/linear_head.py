@@ -41,6 +41,7 @@ class Plan(NamedTuple):
     skip_tol: float = 0.0  # largest share of a row's mass that the backward pass may leave out
 
 
+# beside the plan: where the weight's gradient is added instead of being returned
 _PLAN_SCHEMA = "str impl, ScalarType dtype, int budget, float skip_tol"
 _SHARD_SCHEMA = "str group, Tensor? offset"
 _WANT_SCHEMA = (
@@ -55,15 +56,15 @@ def _unpack(
 ) -> tuple[Tensor, Head, Tensor | None, Want, Shard, Plan]:
     input, *rest = arguments
     head, target, rest = Head(*rest[:_HEAD]), rest[_HEAD], rest[_HEAD + 1 :]
-    want, shard, plan = Want(*rest[:_WANT]), Shard(*rest[_WANT : _WANT + 2]), Plan(*rest[_WANT + 2 :])
+    want, shard, plan = Want(*rest[:_WANT]), Shard(*rest[_WANT : _WANT + 2]), Plan(*rest[_WANT + 2 : -1])
     return input, head, target, want, shard, plan
 
 
 @custom_op(
     "litropy::linear_head_rows",
     mutates_args=(),
-    schema=f"(Tensor input, {HEAD_SCHEMA}, Tensor? target, {_WANT_SCHEMA}, {_SHARD_SCHEMA}, {_PLAN_SCHEMA})"
-    f" -> ({STATS_SCHEMA}, Tensor)",
+    schema=f"(Tensor input, {HEAD_SCHEMA}, Tensor? target, {_WANT_SCHEMA}, {_SHARD_SCHEMA}, {_PLAN_SCHEMA},"
+    f" Tensor? master) -> ({STATS_SCHEMA}, Tensor)",
 )
 def _rows(*arguments: Any) -> tuple[Tensor, ...]:
     input, head, target, want, shard, plan = _unpack(arguments)
@@ -194,7 +195,7 @@ def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*(stats[name] for name in _STAT_NAMES if name not in _DIFFERENTIABLE), output[-1])
     *tensors, ctx.inv_temperature, ctx.softcap = head
-    ctx.master = getattr(head.weight, "main_grad", None)
+    ctx.master = inputs[-1]  # not among the saved tensors: it changes with every backward pass
     ctx.save_for_backward(input, *tensors, target, *(stats[name] for name in _SAVED), output[-1])
 
 
@@ -210,18 +211,22 @@ def _rows_autograd(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
     gradients = _rows_backward(*g, input, *head, target, *saved, kept, need, ctx.group, *ctx.plan, master)
     if master is not None:
         need[1] = False
-    return (*wanted_gradients(gradients, tuple(need)), *[None] * (_HEAD - 3 + 1 + _WANT + 2 + len(Plan._fields)))
+    return (*wanted_gradients(gradients, tuple(need)), *[None] * (_HEAD + _WANT + len(Plan._fields) + 1))
 
 
 _rows.register_autograd(_rows_autograd, setup_context=_rows_setup)
 
 
 def linear_head_rows(
-    input: Tensor, head: Head, target: Tensor | None, want: Want, plan: Plan, shard: Shard = WHOLE
+    input: Tensor,
+    head: Head,
+    target: Tensor | None,
+    want: Want,
+    plan: Plan,
+    shard: Shard = WHOLE,
+    master: Tensor | None = None,
 ) -> tuple[RowStats, Tensor]:
     """Statistics of every row, differentiable with respect to input, weight, bias and low-rank matrix.
-
-    Where the weight has an attribute ``main_grad``, a [V, D] tensor, its gradient is added there and nowhere else.
 
     Args:
         input: hidden states, [N, D], or [N, D + R] for a head with a low-rank addition.
@@ -230,6 +235,7 @@ def linear_head_rows(
         want: the optional statistics.
         plan: how.
         shard: which part of the vocabulary this rank holds; ``target`` has the ids of the shard.
+        master: [V, D], where the weight's gradient is added instead of being returned.
 
     Returns:
         The statistics, and which tiles the backward pass keeps (empty without ``skip_tol``).
@@ -237,5 +243,5 @@ def linear_head_rows(
     Raises:
         ValueError: if a target is outside the vocabulary, on a CPU; on a GPU that row is NaN.
     """
-    *stats, kept = _rows(input, *head, target, *want, *shard, *plan)
+    *stats, kept = _rows(input, *head, target, *want, *shard, *plan, master)
     return RowStats(*stats), kept

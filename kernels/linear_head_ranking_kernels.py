@@ -120,7 +120,7 @@ def ranking_kernel(
             moment_p += tl.sum(tl.where(inside, u * e, 0.0), 0)
             lowest = tl.minimum(lowest, tl.min(tl.where(inside, z, float("inf")), 0))
             next_one = tl.maximum(next_one, tl.max(tl.where(inside, -float("inf"), z), 0))
-    tl.store(rank_ptr + n, rank.to(tl.int64))
+    tl.store(rank_ptr + n, rank)
     if WANT_TOP_K:
         # of several equal entries at the k-th place, as many as are missing
         missing = (top_k - above).to(tl.float32)

@@ -155,7 +155,7 @@ def linear_cross_entropy(
     if choose_mode(mode, rows, want, plan, reduction) == "fast":
         total, stats = linear_head_loss(rows.input, rows.head, rows.target, loss, want, plan)
     else:
-        stats, _ = linear_head_rows(rows.input, rows.head, rows.target, want, plan, rows.shard)
+        stats, _ = linear_head_rows(rows.input, rows.head, rows.target, want, plan, rows.shard, rows.main_grad)
         losses = row_weight * row_losses(stats, rows.class_weight, label_smoothing, z_loss)
         total = losses.view(target.shape) if reduction == "none" else losses.sum()
     if not return_stats:

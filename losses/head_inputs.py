@@ -30,6 +30,7 @@ class HeadInputs(NamedTuple):
     shard: Shard
     dtype: torch.dtype  # of the matrix products
     class_weight: Tensor | None  # [N], the class weight of each row's target
+    main_grad: Tensor | None  # [V, D], where the weight's gradient goes
 
 
 @cache
@@ -89,11 +90,16 @@ def prepare(
     Raises:
         ValueError: naming what does not fit and what would.
     """
+    main_grad = getattr(weight, "main_grad", None)
     input, weight, bias, target, group = local_head(input, weight, bias, target, group)
     if weight.ndim != 2 or not input.ndim or input.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"`input` {tuple(input.shape)} and `linear_weight` {tuple(weight.shape)} do not fit: they must be"
             " [..., D] and [V, D]."
+        )
+    if main_grad is not None and main_grad.shape != weight.shape:
+        raise ValueError(
+            f"`linear_weight.main_grad` is {tuple(main_grad.shape)}; it must be {tuple(weight.shape)} like the weight."
         )
     V, rows = weight.shape[0], input.shape[:-1]
     if not V and group is None:
@@ -131,13 +137,13 @@ def prepare(
         head = head._replace(mean_weight=share, mean_total=total)
         nll_weight = None if class_weight is None or target is None else nll
         return HeadInputs(
-            flat, head, None if target is None else local, Shard(group.group_name, offset), dtype, nll_weight
+            flat, head, None if target is None else local, Shard(group.group_name, offset), dtype, nll_weight, main_grad
         )
     if class_weight is None:
-        return HeadInputs(flat, head, target, WHOLE, dtype, None)
+        return HeadInputs(flat, head, target, WHOLE, dtype, None, main_grad)
     head = head._replace(mean_weight=class_weight / V, mean_total=class_weight.mean())
     nll_weight = None if target is None else class_weight[target.clamp(0, V - 1)]
-    return HeadInputs(flat, head, target, WHOLE, dtype, nll_weight)
+    return HeadInputs(flat, head, target, WHOLE, dtype, nll_weight, main_grad)
 
 
 def _product_dtype(input: Tensor, weight: Tensor) -> torch.dtype:

@@ -163,7 +163,7 @@ def linear_head_stats(
     )
     want = wanted(stats, False, top_k or 0, top_p or 0.0, nucleus == "open")
     plan = Plan(resolve_impl(impl, input.device, rows.dtype), rows.dtype, _BUDGET)
-    result, _ = linear_head_rows(rows.input, rows.head, rows.target, want, plan, rows.shard)
+    result, _ = linear_head_rows(rows.input, rows.head, rows.target, want, plan, rows.shard, rows.main_grad)
     return HeadStats.of(result, stats, input.shape[:-1])
 
 

@@ -51,7 +51,7 @@ def _obstacle(rows: HeadInputs, want: Want, plan: Plan, reduction: str) -> str |
         return "`skip_tol` is positive: what is skipped is a recomputation"
     if rows.shard.group:
         return "the vocabulary is sharded (`vocab_parallel_group`, or a DTensor): a row's sum is not known by block"
-    if hasattr(head.weight, "main_grad"):
+    if rows.main_grad is not None:
         return "`linear_weight` has a `main_grad`: it takes the gradient in the backward pass"
     if want.ranking:
         return "`return_stats` asks for the rank: it takes a pass of its own"
