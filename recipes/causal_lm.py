@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from litropy.losses import HeadStats
 from litropy.recipes.head_loss import head_loss
-from litropy.recipes.output_head import find_output_head
+from litropy.recipes.output_head import find_output_head, inner_causal_lm
 
 __all__ = ["CausalLM", "CausalLMOutput", "next_token_targets"]
 
@@ -57,7 +57,8 @@ class CausalLM(nn.Module):
     that of any other parameter.
 
     Args:
-        causal_lm: a ``...ForCausalLM`` of transformers with its weights in memory.
+        causal_lm: a ``...ForCausalLM`` of transformers with its weights in memory, or a ``PeftModel`` of LoRA adapters
+            around one.
 
     Raises:
         ValueError: if the model does something between its hidden states and its loss that is not understood.
@@ -67,8 +68,8 @@ class CausalLM(nn.Module):
         super().__init__()
         self.head_info = find_output_head(causal_lm)
         self.causal_lm = causal_lm
-        config = causal_lm.config
-        self.router_loss = _router_loss(causal_lm) if getattr(config, "output_router_logits", False) else None
+        inner = inner_causal_lm(causal_lm)
+        self.router_loss = _router_loss(inner) if getattr(inner.config, "output_router_logits", False) else None
         parameters = inspect.signature(self.backbone.forward).parameters
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         self.inputs = [
@@ -81,11 +82,9 @@ class CausalLM(nn.Module):
         return self.causal_lm.get_submodule(self.head_info.backbone)
 
     @property
-    def head(self) -> nn.Linear:
-        """The linear output head."""
-        head = self.causal_lm.get_submodule(self.head_info.head)
-        assert isinstance(head, nn.Linear)
-        return head
+    def head(self) -> Any:
+        """The linear output head, with adapters if it has any."""
+        return self.causal_lm.get_submodule(self.head_info.head)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CausalLM":
         """Move or cast parameters; buffers (rotary frequencies) keep their dtype, as in ``from_pretrained``."""

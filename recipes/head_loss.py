@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import TypedDict, Unpack
 
-import torch
 from torch import Tensor, nn
 
 from litropy.losses import HeadStats, linear_cross_entropy
 from litropy.losses.head_inputs import Impl
+from litropy.losses.modes import Mode
+from litropy.recipes.lora_head import active_head, low_rank_addition
 from litropy.recipes.output_head import OutputHead
 
 __all__ = ["LossOptions", "head_loss"]
@@ -20,12 +21,14 @@ class LossOptions(TypedDict, total=False):
     ignore_index: int
     label_smoothing: float
     z_loss: float
+    skip_tol: float
+    mode: Mode
     memory_budget_mib: float
     impl: Impl
 
 
 def head_loss(
-    head: nn.Linear,
+    head: nn.Module,
     info: OutputHead,
     hidden: Tensor,
     targets: Tensor,
@@ -35,7 +38,7 @@ def head_loss(
     """Cross-entropy of hidden states as the model itself computes it, but without logits.
 
     Args:
-        head: the output head.
+        head: the output head, with or without adapters.
         info: what the model does to its logits.
         hidden: what the model hands to its head, [B, T, D].
         targets: the token that each position has to predict, [B, T].
@@ -44,18 +47,29 @@ def head_loss(
 
     Returns:
         The loss, and the statistics if any were asked for.
+
+    Raises:
+        ValueError: if an adapter of the head is not understood.
     """
-    weight, bias = head.weight[: info.num_logits], head.bias
+    active = active_head(head)
+    weight: Tensor = active.linear.weight
+    bias: Tensor | None = active.linear.bias
     hidden = hidden.to(weight.device)
-    if not torch.is_autocast_enabled(hidden.device.type):
-        hidden = hidden.to(weight.dtype)
+    low_rank, low_rank_bias = low_rank_addition(active, hidden)
+    if low_rank_bias is not None:
+        bias = low_rank_bias if bias is None else bias + low_rank_bias
+    if info.num_logits < weight.shape[0]:  # the rest is padding
+        weight = weight[: info.num_logits]
+        bias = None if bias is None else bias[: info.num_logits]
+        low_rank = None if low_rank is None else (low_rank[0], low_rank[1][: info.num_logits])
     result = linear_cross_entropy(
         hidden,
         weight,
         targets.to(hidden.device),
-        linear_bias=None if bias is None else bias[: info.num_logits],
+        linear_bias=bias,
         softcap=info.softcap,
         temperature=1 / info.scale,
+        low_rank=low_rank,
         return_stats=tuple(return_stats),
         **options,
     )

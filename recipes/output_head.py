@@ -15,7 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from litropy.recipes.lora_head import active_head
 
 __all__ = ["OutputHead", "find_output_head", "inner_causal_lm"]
 
@@ -26,7 +29,7 @@ class OutputHead:
 
     Attributes:
         backbone: name of the submodule that gives the hidden states.
-        head: name of the linear layer that gives the logits.
+        head: name of the linear layer that gives the logits, or of what PEFT has put around it.
         softcap: bound of the logits, or None.
         scale: factor of the logits after the softcap.
         num_logits: how many of the head's rows are logits; the rest is padding that the model cuts off.
@@ -42,6 +45,20 @@ class OutputHead:
 def inner_causal_lm(model: Any) -> Any:
     """The causal language model inside a ``PeftModel``; any other model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _without_peft(model: Any) -> Any:
+    """The model inside, if its backbone may be called in place of the ``PeftModel``'s own forward."""
+    inner = inner_causal_lm(model)
+    if inner is not model:
+        for config in model.peft_config.values():
+            if config.peft_type.value != "LORA" or getattr(config, "alora_invocation_tokens", None):
+                raise ValueError(
+                    f"{type(inner).__name__} is not supported inside {type(model).__name__} ({type(config).__name__}):"
+                    " more may happen there than a pass through the backbone. `litropy.huggingface.patch_causal_lm`"
+                    " takes such models, because it leaves their forward pass to them."
+                )
+    return inner
 
 
 class _Probed(BaseModelOutputWithPast):
@@ -81,7 +98,7 @@ def _candidates(config: Any, width: int) -> list[tuple[float | None, float]]:
 
 
 @contextmanager
-def _stand_ins(backbone: nn.Module, head: nn.Linear, hidden: Tensor, raw: Tensor) -> Iterator[_Trace]:
+def _stand_ins(backbone: nn.Module, head: Any, hidden: Tensor, raw: Tensor) -> Iterator[_Trace]:
     """Let the backbone return ``hidden`` and the head ``raw``, whatever they get."""
     trace = _Trace()
 
@@ -106,7 +123,7 @@ def _stand_ins(backbone: nn.Module, head: nn.Linear, hidden: Tensor, raw: Tensor
 
 
 def _probe(
-    model: Any, backbone: nn.Module, head: nn.Linear, hidden: Tensor, raw: Tensor, tokens: Tensor
+    model: Any, backbone: nn.Module, head: Any, hidden: Tensor, raw: Tensor, tokens: Tensor
 ) -> tuple[Any, _Trace]:
     """Call the model in eval mode around the stand-ins; every module's own mode is restored."""
     options: dict[str, Any] = {"output_router_logits": False} if hasattr(model.config, "output_router_logits") else {}
@@ -130,7 +147,8 @@ def find_output_head(model: Any) -> OutputHead:
     Costs one application of the head to three tokens; random state, gradients and training mode stay as they are.
 
     Args:
-        model: a ``...ForCausalLM`` of transformers, not sharded, with its weights in memory.
+        model: a ``...ForCausalLM`` of transformers, not sharded, with its weights in memory, or a ``PeftModel`` of LoRA
+            adapters around one.
 
     Returns:
         The description that the fused loss needs.
@@ -138,13 +156,14 @@ def find_output_head(model: Any) -> OutputHead:
     Raises:
         ValueError: naming the architecture and what is unknown about it.
     """
+    names = {id(module): name for name, module in model.named_modules()}
+    model = _without_peft(model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        raise _refuse(model, f"its output head is {type(head).__name__}, not a plain nn.Linear")
-    weight = head.weight
+    weight = active_head(head, type(model).__name__).linear.weight
     if not weight.is_floating_point() or weight.is_meta:
         raise _refuse(model, f"its output head is {weight.dtype} on {weight.device}, not a matrix of numbers in memory")
-    names = {id(module): name for name, module in model.named_modules()}
+    if is_traceable_wrapper_subclass(weight):
+        raise _refuse(model, f"its output head's weight is a {type(weight).__name__}, quantised or sharded")
     backbones = [getattr(model, "base_model", None)]
     if "get_decoder" in dir(model):
         backbones.append(model.get_decoder())
@@ -165,6 +184,8 @@ def find_output_head(model: Any) -> OutputHead:
         raise _refuse(model, f"its forward pass calls its output head {len(trace.head_inputs)} times")
     if trace.head_inputs[0].shape != hidden.shape or not torch.equal(trace.head_inputs[0], hidden):
         raise _refuse(model, "it changes the hidden states before its output head")
+    if output.logits is None:
+        raise _refuse(model, "its forward pass gives no logits; unpatch_causal_lm(model) if it is patched")
     softcap, scale, num_logits = _fit(model, raw, output.logits, candidates)
     expected = F.cross_entropy(output.logits[0, :-1].float(), tokens[0, 1:])
     tolerance = 1e-3 if weight.dtype in (torch.float32, torch.float64) else 2e-2

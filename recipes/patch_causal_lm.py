@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 from litropy.losses import CutCrossEntropyLoss
 from litropy.losses.head_inputs import Impl
+from litropy.losses.modes import Mode
 from litropy.recipes.causal_lm import next_token_targets
 from litropy.recipes.head_loss import LossOptions, head_loss
+from litropy.recipes.head_tap import HeadTap, own_forward, restore_attribute
+from litropy.recipes.lora_head import active_head
 from litropy.recipes.output_head import OutputHead, find_output_head, inner_causal_lm
 
 __all__ = ["patch_causal_lm", "unpatch_causal_lm"]
@@ -24,59 +27,10 @@ Model = TypeVar("Model", bound=nn.Module)
 _MARK = "_litropy_patch"
 
 
-def _own_forward(module: nn.Module, previous: Callable[..., Any] | None) -> Callable[..., Any]:
-    """The forward of the module's class, unless the instance had one of its own."""
-    return previous if previous is not None else type(module).forward.__get__(module)
-
-
-def _restore(module: nn.Module, name: str, previous: Any) -> None:
-    delattr(module, name)
-    if previous is not None:
-        setattr(module, name, previous)
-
-
-class _HeadTap:
-    """In place of an output head's ``forward``: while open, it keeps the hidden states and computes no logits.
-
-    It knows nothing of the model, so that a copy of the head (PEFT's ``modules_to_save``) is not one of the model.
-    """
-
-    def __init__(self, head: Any) -> None:
-        self.head = head
-        self.previous = vars(head).get("forward")
-        self.is_open = False
-        self.hidden: Tensor | None = None
-
-    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not self.is_open:
-            return _own_forward(self.head, self.previous)(hidden, *args, **kwargs)
-        if args or any(value is not None for value in kwargs.values()):
-            raise ValueError(
-                f"The output head {type(self.head).__name__} got more than hidden states ({', '.join(kwargs)}), and the"
-                " loss without logits does not know what it does with that; unpatch_causal_lm(model) for such calls."
-            )
-        if self.hidden is not None:
-            raise ValueError("The model called its output head twice; unpatch_causal_lm(model) and use its own loss.")
-        self.hidden = hidden
-        # no positions, so whatever the model does to its logits costs nothing
-        return hidden.new_empty(*hidden.shape[:-2], 0, self.head.weight.shape[0])
-
-    def close(self) -> None:
-        self.is_open, self.hidden = False, None
-
-    def install(self) -> None:
-        self.head.forward = self
-
-    def remove(self) -> None:
-        # a wrapper that something has put around this since (a hook of accelerate) stays, and finds the head's own
-        if vars(self.head).get("forward") is self:
-            _restore(self.head, "forward", self.previous)
-
-
 class _TappedLoss:
     """In place of a model's ``loss_function``: takes hidden states from an open tap, else calls the model's."""
 
-    def __init__(self, tap: _HeadTap, info: OutputHead, own: Callable[..., Tensor], options: LossOptions) -> None:
+    def __init__(self, tap: HeadTap, info: OutputHead, own: Callable[..., Tensor], options: LossOptions) -> None:
         self.tap = tap
         self.info = info
         self.own = own
@@ -106,7 +60,8 @@ class _Patch:
         self.head_name = info.head
         self.in_eval = in_eval
         self.enabled = True
-        self.tap = _HeadTap(model.get_submodule(info.head))
+        head = model.get_submodule(info.head)
+        self.tap = HeadTap(head, active_head(head).linear.weight.shape[0])
         self.loss = _TappedLoss(self.tap, info, model.loss_function, options)
         self.previous = vars(model).get("forward")
         self.previous_loss = vars(model).get("_loss_function")
@@ -126,19 +81,19 @@ class _Patch:
         # a wrapper that something has put around this since (autocast, by accelerate) stays, and finds the model's own
         self.enabled = False
         if vars(model).get("forward") is self:
-            _restore(model, "forward", self.previous)
+            restore_attribute(model, "forward", self.previous)
         if vars(model).get("_loss_function") is self.loss:
-            _restore(model, "_loss_function", self.previous_loss)
+            restore_attribute(model, "_loss_function", self.previous_loss)
         self.tap.remove()
         for module in model.modules():  # copies of the head have copies of the tap
             tap = vars(module).get("forward")
-            if isinstance(tap, _HeadTap):
+            if isinstance(tap, HeadTap):
                 tap.remove()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args and args[0] is self.model:  # accelerate binds what it finds beneath its wrappers to the model
             args = args[1:]
-        own = _own_forward(self.model, self.previous)
+        own = own_forward(self.model, self.previous)
         given = dict(zip(self.names, args, strict=False)) | kwargs
         if not self.enabled or given.get("labels") is None or not (self.model.training or self.in_eval):
             return own(*args, **kwargs)
@@ -176,6 +131,8 @@ def patch_causal_lm(
     in_eval: bool = False,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    skip_tol: float = 0.0,
+    mode: Mode = "auto",
     memory_budget_mib: float = 64,
     impl: Impl = "auto",
 ) -> Model:
@@ -194,6 +151,8 @@ def patch_causal_lm(
         in_eval: whether calls with labels in eval mode get no logits either.
         label_smoothing: share of the loss that goes to the whole vocabulary, in [0, 1].
         z_loss: factor of the squared log-sum-exp, which keeps logits from drifting; 1e-4 is usual.
+        skip_tol: the largest share of a token's softmax mass that the backward pass may leave out; 0 is exact.
+        mode: ``"fast"``, ``"lean"`` or ``"auto"``, as in ``linear_cross_entropy``.
         memory_budget_mib: workspace of the loss, in MiB.
         impl: ``"triton"``, ``"torch"``, or ``"auto"``: Triton on a GPU, PyTorch on a CPU.
 
@@ -217,11 +176,19 @@ def patch_causal_lm(
     options: LossOptions = {
         "label_smoothing": label_smoothing,
         "z_loss": z_loss,
+        "skip_tol": skip_tol,
+        "mode": mode,
         "memory_budget_mib": memory_budget_mib,
         "impl": impl,
     }
     # refuses options out of range
-    CutCrossEntropyLoss(label_smoothing=label_smoothing, z_loss=z_loss, memory_budget_mib=memory_budget_mib)
+    CutCrossEntropyLoss(
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        skip_tol=skip_tol,
+        mode=mode,
+        memory_budget_mib=memory_budget_mib,
+    )
     causal_lm = _causal_lm(model)
     if _MARK in vars(causal_lm):
         raise ValueError(

@@ -102,7 +102,7 @@ def refuses(causal_lm, words):
 def test_wrapped_head_is_refused():
     causal_lm = tiny_causal_lm("llama")
     causal_lm.lm_head = ExtraNorm(causal_lm.lm_head)
-    refuses(causal_lm, "its output head is ExtraNorm, not a plain nn.Linear")
+    refuses(causal_lm, "ExtraNorm, not a plain nn.Linear")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from litropy.huggingface import patch_causal_lm, unpatch_causal_lm
+from litropy.recipes.causal_lm import CausalLM
 from litropy.testing import tiny_causal_lm
 
 
@@ -157,10 +158,20 @@ def test_options_of_the_loss():
     torch.testing.assert_close(model(**batch).loss, smooth + 0.01 * square)
 
 
-def test_options_out_of_range_are_refused():
+@pytest.mark.parametrize("options", [{"mode": "lean"}, {"mode": "fast"}, {"skip_tol": 1e-9}, {"memory_budget_mib": 1}])
+def test_ways_to_compute_it_agree(options):
+    model = tiny_causal_lm("llama").train()
+    theirs = loss_and_gradients(model, packed_batch())
+    assert_same(loss_and_gradients(patch_causal_lm(model, **options), packed_batch()), theirs)
+
+
+@pytest.mark.parametrize(
+    "options", [{"label_smoothing": 2}, {"skip_tol": 1}, {"mode": "slow"}, {"memory_budget_mib": 0}]
+)
+def test_options_out_of_range_are_refused(options):
     model = tiny_causal_lm("llama")
-    with pytest.raises(ValueError, match="`label_smoothing` is 2"):
-        patch_causal_lm(model, label_smoothing=2)
+    with pytest.raises(ValueError, match=f"`{next(iter(options))}` is"):
+        patch_causal_lm(model, **options)
     assert traces(model) == UNTOUCHED
 
 
@@ -280,6 +291,15 @@ def test_patching_twice_and_unpatching_what_is_not_patched_are_refused():
         patch_causal_lm(model)
 
 
+def test_a_patched_model_can_be_wrapped_unless_it_gives_no_logits_in_eval_mode():
+    model = tiny_causal_lm("llama").eval()
+    theirs = model(**packed_batch()).loss
+    torch.testing.assert_close(CausalLM(patch_causal_lm(model))(packed_batch()).loss, theirs)
+    patch_causal_lm(unpatch_causal_lm(model), in_eval=True)
+    with pytest.raises(ValueError, match="gives no logits; unpatch_causal_lm"):
+        CausalLM(model)
+
+
 def test_what_is_no_hugging_face_model_is_refused():
     with pytest.raises(ValueError, match="Linear is no Hugging Face model"):
         patch_causal_lm(nn.Linear(2, 2))
@@ -378,9 +398,15 @@ def test_unpatch_beneath_a_wrapper():
     torch.testing.assert_close(again.loss, output.loss, rtol=1e-2, atol=1e-2)
 
 
-def trainer_losses(folder, patched):
+def lora_on_the_head(model):
+    torch.manual_seed(0)
+    config = peft.LoraConfig(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM", init_lora_weights=False)
+    return peft.get_peft_model(model, config)
+
+
+def trainer_losses(folder, wrap, patched):
     """Losses and final weights of three optimiser steps of two micro-batches with unequal numbers of targets."""
-    model = tiny_causal_lm("llama")
+    model = wrap(tiny_causal_lm("llama"))
     if patched:
         patch_causal_lm(model)
     rows = []
@@ -408,9 +434,10 @@ def trainer_losses(folder, patched):
     return losses, trainer.evaluate()["eval_loss"], [parameter.detach() for parameter in model.parameters()]
 
 
-def test_trainer_of_transformers(tmp_path):
-    theirs, their_eval, their_weights = trainer_losses(tmp_path / "theirs", patched=False)
-    ours, our_eval, our_weights = trainer_losses(tmp_path / "ours", patched=True)
+@pytest.mark.parametrize("wrap", [lambda model: model, lora_on_the_head], ids=["all weights", "lora"])
+def test_trainer_of_transformers(wrap, tmp_path):
+    theirs, their_eval, their_weights = trainer_losses(tmp_path / "theirs", wrap, patched=False)
+    ours, our_eval, our_weights = trainer_losses(tmp_path / "ours", wrap, patched=True)
     assert len(ours) == 3
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=1e-4)
     assert our_eval == pytest.approx(their_eval, rel=1e-4)
