@@ -98,7 +98,8 @@ def _rows(*arguments: Any) -> tuple[Tensor, ...]:
         return (*stats.values(), _no_tiles(input))
     # with a softcap, what label smoothing adds to a tile cannot be had without its logits
     tolerance = -1.0 if head.softcap and want.mean_logprob else plan.skip_tol
-    kept = select_tiles(masses, tile_of(plan.impl, plan.dtype), stats, target, want, tolerance, plan.budget, group)
+    tile, V = tile_of(plan.impl, plan.dtype), head.weight.shape[0]
+    kept = select_tiles(masses, tile, V, stats, target, want, tolerance, plan.budget, group)
     return (*stats.values(), kept)
 
 

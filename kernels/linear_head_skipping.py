@@ -8,6 +8,8 @@ is the same in every row, is added for the tiles left out: they cost no logits.
 Shape key: N rows, D width, V vocabulary, T tiles of it; n rows of a block.
 """
 
+import math
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -53,6 +55,7 @@ class TileMass:
 def select_tiles(
     log_mass: Tensor,
     tile: tuple[int, int],
+    vocabulary: int,
     stats: RowStats,
     target: Tensor | None,
     want: Want,
@@ -70,6 +73,8 @@ def select_tiles(
         log_mass: logarithm of each row's mass in each tile, [N, T].
         tile: rows and columns of a tile. Tiles of one row are kept where their target is; in larger ones the backward
             pass adds targets by themselves.
+        vocabulary: V; a narrower last tile counts as much as if it were whole, or every near-uniform row would give it
+            up and its entries would lose all of their gradient.
         stats: the rows' statistics.
         target: token ids of this shard, [N]; an id beyond it belongs to another shard.
         want: the statistics that have been computed.
@@ -89,8 +94,10 @@ def select_tiles(
             share = share.masked_fill((target[rows] < 0)[:, None], 0)
         cost = share
         if power:
-            bound = (width / share.clamp_min(torch.finfo(share.dtype).tiny)).log() + stats.entropy[rows, None]
+            bound = math.log(width) - share.clamp_min(torch.finfo(share.dtype).tiny).log() + stats.entropy[rows, None]
             cost = share * bound.clamp_min(1) ** power
+        if narrow := vocabulary % width:
+            cost = torch.cat([cost[:, :-1], cost[:, -1:] * (width / narrow)], 1)
         if height > 1:
             missing = (blocks.stop - blocks.start) * height - len(cost)
             cost = F.pad(cost, (0, 0, 0, missing)).unflatten(0, (-1, height)).amax(1)
@@ -126,12 +133,12 @@ def add_skipped_smoothing(
     """Add ``g_mean_logprob c_v / T`` of the tiles that were left out, a product with one column a tile.
 
     Without a softcap a logit's slope is its row's inverse temperature, so the same number stands in the whole tile of
-    a row but for the entry's weight c_v. ``kept`` is [N, T], of tiles with ``width`` columns.
+    a row but for the entry's weight c_v; with one, nothing has been left out. ``kept`` is [N, T], of tiles with
+    ``width`` columns.
     """
     g = cotangents.mean_logprob
-    if g is None:
+    if g is None or head.softcap:
         return
-    assert not head.softcap, "the slope of a capped logit differs from entry to entry"
     V = head.weight.shape[0]
     scale = head.inv_temperature if head.row_inv_temperature is None else head.row_inv_temperature
     per_row = (g * scale)[:, None] * ~kept  # [N, T]
