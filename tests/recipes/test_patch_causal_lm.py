@@ -477,7 +477,10 @@ def test_peft_around_a_patched_model(config, patch_first):
     assert unpatch_causal_lm(ours)(**packed_batch()).logits is not None
 
 
-def test_import_of_litropy_leaves_this_module_alone(tmp_path):
-    code = "import sys, litropy; print('litropy.huggingface' in sys.modules, 'transformers' in sys.modules)"
+@pytest.mark.parametrize(
+    ("module", "others"), [("litropy", ["litropy.huggingface", "transformers"]), ("litropy.huggingface", ["peft"])]
+)
+def test_imports_are_no_heavier_than_needed(module, others, tmp_path):
+    code = f"import sys, {module}; print({set(others)} & set(sys.modules) or 'none of them')"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert run.stdout.split() == ["False", "False"], run.stderr
+    assert run.stdout == "none of them\n", run.stdout + run.stderr
