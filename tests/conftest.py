@@ -1,6 +1,8 @@
 """Shared by all tests: kernels run in Triton's interpreter where there is no GPU, and the same files run on one."""
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# what test files share; no package, so that no folder of tests hides one of ours
+sys.path.insert(0, str(Path(__file__).parent / "kernels"))
+pytest.register_assert_rewrite("linear_head_problems")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
