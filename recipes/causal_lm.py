@@ -3,13 +3,13 @@
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litropy.losses import HeadStats
-from litropy.recipes.head_loss import head_loss
+from litropy.recipes.head_loss import LossOptions, head_loss
 from litropy.recipes.output_head import find_output_head, inner_causal_lm
 
 __all__ = ["CausalLM", "CausalLMOutput", "next_token_targets"]
@@ -30,12 +30,14 @@ class CausalLMOutput(NamedTuple):
     num_targets: Tensor
     stats: HeadStats | None
 
-    def sums(self) -> list[Tensor]:
-        """Sums over targets of entropy and of right guesses; empty if the pass has not computed them."""
-        stats = self.stats
-        if stats is None or stats.entropy is None or stats.argmax is None:
-            return []
-        return [stats.entropy.sum(), (stats.argmax == self.targets).sum()]
+    def sums(self) -> dict[str, Tensor]:
+        """Sums over targets of the statistics that were asked for; right guesses in place of the argmax."""
+        if self.stats is None:
+            return {}
+        values = {name: value for name, value in vars(self.stats).items() if value is not None}
+        if "argmax" in values:
+            values["token_accuracy"] = values.pop("argmax") == self.targets
+        return {name: value.sum() for name, value in values.items()}
 
 
 def next_token_targets(labels: Tensor, ignore_index: int = -100) -> Tensor:
@@ -100,22 +102,19 @@ class CausalLM(nn.Module):
         self,
         batch: Mapping[str, Tensor],
         *,
-        num_items: Tensor | None = None,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
         router_loss: bool = True,
         return_stats: Sequence[str] = (),
+        **options: Unpack[LossOptions],
     ) -> CausalLMOutput:
         """Compute the loss of a batch.
 
         Args:
             batch: ``input_ids`` and ``labels`` [B, T], both int64 and aligned (the shift by one happens here), and what
                 else the backbone takes: ``attention_mask``, ``position_ids``.
-            num_items: what to divide the sum over targets by, a scalar; None divides by their number.
-            label_smoothing: share of the target's probability that is spread over the vocabulary.
-            z_loss: weight of the squared log-sum-exp.
             router_loss: whether to add a mixture of experts' load-balancing loss if the model's config asks for it.
             return_stats: names of the ``HeadStats`` fields to return from the same pass, detached.
+            **options: of ``linear_cross_entropy``; ``num_items`` is what to divide the sum over targets by, by default
+                their number.
         """
         inputs = {name: batch[name] for name in self.inputs if name in batch}
         with_router = router_loss and self.router_loss is not None
@@ -124,18 +123,11 @@ class CausalLM(nn.Module):
         outputs = self.backbone(**inputs, use_cache=False, return_dict=True)
         targets = next_token_targets(batch["labels"])
         num_targets = (targets != -100).sum()
-        loss, stats = head_loss(
-            self.head,
-            self.head_info,
-            outputs.last_hidden_state,
-            targets,
-            return_stats,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            num_items=num_items,
-        )
+        hidden = outputs.last_hidden_state
+        loss, stats = head_loss(self.head, self.head_info, hidden, targets, return_stats, **options)
         if with_router and self.router_loss is not None:
             # the share of these targets, so that micro-batches and ranks add up to the token-weighted mean
+            num_items = options.get("num_items")
             share = 1.0 if num_items is None else num_targets / num_items
             loss = loss + share * self.router_loss(outputs.router_logits, batch.get("attention_mask"))
         return CausalLMOutput(loss, targets, num_targets, stats)

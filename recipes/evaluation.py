@@ -22,10 +22,10 @@ class Evaluation(nn.Module):
 
     def update(self, output: CausalLMOutput) -> None:
         """Add a batch whose loss is the mean over its targets."""
-        sums = (output.loss * output.num_targets, *output.sums())
-        for mean, total in zip(self.means.values(), sums, strict=True):
+        sums = output.sums() | {"loss": output.loss * output.num_targets}
+        for name, mean in self.means.items():
             assert isinstance(mean, TokenMean)
-            mean.update(total, output.num_targets)
+            mean.update(sums[name], output.num_targets)
 
     def pop(self) -> dict[str, Tensor]:
         """Return loss and entropy [nats], perplexity and accuracy so far, the same on every rank, and start again."""

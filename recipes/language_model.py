@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -16,9 +16,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoConfig
 
+from litropy.losses import CutCrossEntropyLoss
 from litropy.recipes.causal_lm import CausalLM
 from litropy.recipes.evaluation import Evaluation
 from litropy.recipes.gradients import Gradients
+from litropy.recipes.head_loss import LossOptions
 from litropy.recipes.hugging_face_folder import write_folder
 from litropy.recipes.model_source import (
     build_config,
@@ -30,13 +32,18 @@ from litropy.recipes.model_source import (
 from litropy.recipes.optimizers import Schedule, adamw, decay_groups, learning_rate_factor
 from litropy.recipes.packing_check import isolates_documents
 from litropy.recipes.parity import check_parity as check_parity_of
+from litropy.recipes.prompts import decode_completions
 from litropy.recipes.sharding import decoder_layers, full_state_dict, is_sharded, shard
 from litropy.recipes.state_mismatch import explain_mismatch
+from litropy.recipes.strategies import check_strategy
 from litropy.recipes.token_normalisation import TokenNormaliser, sum_over_ranks
 
 __all__ = ["LanguageModel"]
 
 _STATS = ("entropy", "argmax")
+_SKIP_STATS = ("skipped_mass", "surviving_share")
+# metrics that are not named after their statistic
+_METRICS = {"entropy": "entropy/output"}
 _DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 
 
@@ -47,7 +54,8 @@ class LanguageModel(LightningModule):
     over all of its targets, whatever the accumulation and the number of ranks.
 
     Logs a step: ``train/loss`` [nats], ``train/token_accuracy``, ``entropy/output`` [nats], ``train/grad_norm`` (before
-    clipping) and ``train/learning_rate``; an evaluation: ``loss`` and ``entropy`` [nats], ``perplexity`` and
+    clipping), ``train/learning_rate`` and, with ``skip_tol``, ``train/skipped_mass`` and ``train/surviving_share``; an
+    evaluation: ``loss`` and ``entropy`` [nats], ``perplexity`` and
     ``token_accuracy`` under ``val/`` or ``test/``, means over all targets; once: ``data/unigram_entropy`` [nats] if the
     data module knows it.
 
@@ -69,6 +77,8 @@ class LanguageModel(LightningModule):
         decay_share: share of all steps during which wsd decays, from 0 to 1.
         label_smoothing: share of the target's probability that is spread over the vocabulary, from 0 to 1.
         z_loss: weight of the squared log-sum-exp in the loss.
+        skip_tol: the largest share of a token's softmax mass that the loss's backward pass may leave out; 0 is exact.
+        memory_budget_mib: workspace of the loss, in MiB; on a GPU some GiB buy it one pass less over the head.
         log_stats: log token accuracy and output entropy, from the loss's own pass.
         gradient_checkpointing: recompute decoder layers in the backward pass, to save memory.
         compile: compile the decoder layers with torch.compile.
@@ -97,6 +107,8 @@ class LanguageModel(LightningModule):
         decay_share: float = 0.2,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
+        skip_tol: float = 0.0,
+        memory_budget_mib: float = 64,
         log_stats: bool = True,
         gradient_checkpointing: bool = False,
         compile: bool = False,
@@ -112,7 +124,10 @@ class LanguageModel(LightningModule):
             raise ValueError(
                 f"`pad_vocab_to` is {pad_vocab_to}; it must be at least 1, which leaves the vocabulary as it is."
             )
-        # bad options of the schedule should be known before a model is built
+        # bad options should be known before a model is built
+        CutCrossEntropyLoss(
+            label_smoothing=label_smoothing, z_loss=z_loss, skip_tol=skip_tol, memory_budget_mib=memory_budget_mib
+        )
         learning_rate_factor(
             schedule, math.inf if schedule == "constant" else 1, warmup_steps, min_learning_rate_ratio, decay_share
         )
@@ -130,8 +145,14 @@ class LanguageModel(LightningModule):
         self.warmup_steps = warmup_steps
         self.min_learning_rate_ratio = min_learning_rate_ratio
         self.decay_share = decay_share
-        self.loss_options = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+        self.loss_options: LossOptions = {
+            "label_smoothing": label_smoothing,
+            "z_loss": z_loss,
+            "skip_tol": skip_tol,
+            "memory_budget_mib": memory_budget_mib,
+        }
         self.stats = _STATS if log_stats else ()
+        self.skip_stats = _SKIP_STATS if skip_tol else ()
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_layers = compile
         self.check_parity = check_parity
@@ -141,6 +162,7 @@ class LanguageModel(LightningModule):
         self._normaliser = TokenNormaliser()
         self._first_batch = True
         self._sums: Tensor | None = None
+        self._sum_names: list[str] = []
         self._gradients: Gradients | None = None
 
     # the model
@@ -196,20 +218,12 @@ class LanguageModel(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse strategies under which the loss or the token mean would be wrong."""
-        strategy = self.trainer.strategy
-        if isinstance(strategy, FSDPStrategy):
-            raise ValueError("FSDPStrategy hides the output head; shard with ModelParallelStrategy (FSDP2) instead.")
-        if isinstance(strategy, DeepSpeedStrategy) and self.trainer.accumulate_grad_batches > 1:
-            raise ValueError(
-                f"accumulate_grad_batches={self.trainer.accumulate_grad_batches} under DeepSpeed would not follow"
-                " the mean over tokens; use ModelParallelStrategy or DDP, or accumulate_grad_batches=1 with a larger"
-                " batch."
-            )
+        check_strategy(self.trainer.strategy, self.trainer.accumulate_grad_batches)
 
     # training
 
     def on_train_start(self) -> None:
-        """Prepare the count of targets, and log what the data module knows about its data."""
+        """Prepare the count of targets, and log what is known about the data."""
         self._normaliser = TokenNormaliser(self.trainer.world_size)
         entropy = getattr(getattr(self.trainer, "datamodule", None), "unigram_entropy", None)
         if entropy is not None and not self.trainer.global_step:
@@ -239,8 +253,11 @@ class LanguageModel(LightningModule):
         first = batch_idx % self.trainer.accumulate_grad_batches == 0
         num_targets = (batch["labels"][:, 1:] != -100).sum()
         divisor = self._normaliser.divisor(num_targets, first)
-        output = self._built(batch, num_items=divisor, **self.loss_options, return_stats=self.stats)
-        sums = torch.stack([output.loss.detach() * divisor, num_targets, *output.sums()])
+        stats = (*self.stats, *self.skip_stats)
+        output = self._built(batch, num_items=divisor, **self.loss_options, return_stats=stats)
+        totals = output.sums()
+        self._sum_names = [_METRICS.get(name, f"train/{name}") for name in totals]
+        sums = torch.stack([output.loss.detach() * divisor, num_targets, *totals.values()])
         self._sums = sums if first or self._sums is None else self._sums + sums
         return output.loss
 
@@ -257,7 +274,7 @@ class LanguageModel(LightningModule):
         self._sums = None
         count = count.clamp(min=1)
         self.log("train/loss", loss / count, prog_bar=True)
-        for name, value in zip(("entropy/output", "train/token_accuracy"), stats, strict=False):
+        for name, value in zip(self._sum_names, stats, strict=True):
             self.log(name, value / count)
         self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
 
@@ -324,18 +341,7 @@ class LanguageModel(LightningModule):
         return evaluation
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> list[dict[str, str]]:
-        """Continue prompts that are padded on the left.
-
-        Args:
-            batch: ``input_ids`` and ``attention_mask`` [B, T].
-            batch_idx: not used.
-
-        Returns:
-            One ``{"prompt": ..., "completion": ...}`` a row.
-
-        Raises:
-            ValueError: if there is no tokenizer.
-        """
+        """Continue prompts that are padded on the left; one ``{"prompt": ..., "completion": ...}`` a row."""
         tokenizer = self.tokenizer
         if tokenizer is None:
             raise ValueError("Prediction needs a data module with a `tokenizer`, to turn tokens into text.")
@@ -344,9 +350,7 @@ class LanguageModel(LightningModule):
         options |= {"pad_token_id": pad, **self.generation}
         ids, mask = batch["input_ids"], batch["attention_mask"]
         tokens = self._built.generate(input_ids=ids, attention_mask=mask, **options)
-        prompts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        completions = tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True)
-        return [{"prompt": p, "completion": c} for p, c in zip(prompts, completions, strict=True)]
+        return decode_completions(tokens, ids.shape[1], tokenizer)
 
     def num_tokens_in_batch(self, batch: Mapping[str, Tensor]) -> int:
         """How many input tokens a batch has, padding included; from its shape, without waiting for the device."""

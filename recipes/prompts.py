@@ -10,7 +10,7 @@ from torch import Tensor
 
 from litropy.recipes.text_files import read_text
 
-__all__ = ["PromptBatches", "read_prompts"]
+__all__ = ["PromptBatches", "decode_completions", "read_prompts"]
 
 Prompt = str | list[dict[str, str]]
 
@@ -81,3 +81,10 @@ def _encode(prompt: Prompt, tokenizer: Any) -> list[int]:
     else:
         ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
     return ids or [tokenizer.eos_token_id]  # nothing at all: a new text begins
+
+
+def decode_completions(tokens: Tensor, width: int, tokenizer: Any) -> list[dict[str, str]]:
+    """Texts of generated ids [B, T], whose first ``width`` columns are the prompts, padded on the left."""
+    prompts = tokenizer.batch_decode(tokens[:, :width], skip_special_tokens=True)
+    completions = tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True)
+    return [{"prompt": p, "completion": c} for p, c in zip(prompts, completions, strict=True)]

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from litropy.recipes import LanguageModel, language_model
+from litropy.recipes import LanguageModel, strategies
 from litropy.recipes.causal_lm import CausalLM
 from litropy.recipes.packing_check import isolates_documents
 from litropy.recipes.parity import check_parity
@@ -414,7 +414,7 @@ def test_tokenizer_larger_than_the_head_is_refused():
     ("name", "words"), [("DeepSpeedStrategy", "accumulate_grad_batches=2"), ("FSDPStrategy", "FSDP2")]
 )
 def test_strategies_that_would_be_wrong_are_refused(monkeypatch, name, words):
-    monkeypatch.setattr(language_model, name, SingleDeviceStrategy)
+    monkeypatch.setattr(strategies, name, SingleDeviceStrategy)
     with pytest.raises(ValueError, match=words):
         fit(module(), accumulate_grad_batches=2)
 
@@ -549,3 +549,12 @@ def test_model_that_is_not_built_yet_says_so():
 
 def test_tokens_in_a_batch():
     assert module().num_tokens_in_batch(next(iter(Data().train_dataloader()))) == 32
+
+
+def test_skipping_is_logged_and_only_where_asked():
+    skipping, plain = (fit(module(**options), max_steps=2)[0][-1] for options in ({"skip_tol": 1e-3}, {}))
+    assert 0 <= skipping["train/skipped_mass"] <= 1e-3
+    assert 0 < skipping["train/surviving_share"] <= 1
+    assert "train/skipped_mass" not in plain
+    with pytest.raises(ValueError, match="`skip_tol` is 2"):
+        module(skip_tol=2)
