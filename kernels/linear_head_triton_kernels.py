@@ -28,15 +28,16 @@ def _tanh(x):
 
 @triton.jit
 def _add_product(
-    acc, a, b, n, v, N, V, K, a_column, stride_n, stride_d, stride_v, stride_w,
+    acc, a, b, first_n, first_v, n, v, N, V, K, a_column, stride_n, stride_d, stride_v, stride_w,
     BLOCK_D: tl.constexpr, UPCAST: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """``acc += a[n, a_column : a_column + K] @ b[v, :K].T``; a and b are tensor descriptors if TMA, else pointers."""
     if TMA:
-        first_n, first_v = tl.min(n, 0).to(tl.int32), tl.min(v, 0).to(tl.int32)
         for start in range(0, K, BLOCK_D):
             h = a.load([first_n, a_column + start])
             w = b.load([first_v, start])
+            if UPCAST:
+                h, w = h.to(tl.float32), w.to(tl.float32)
             acc = tl.dot(h, w.T, acc, input_precision="ieee")
     else:
         d = tl.arange(0, BLOCK_D)
@@ -67,7 +68,7 @@ def _final(z, scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _final_logits(
-    input, weight, bias_ptr, low_rank, scale, n, v, N, V, D, R,
+    input, weight, bias_ptr, low_rank, scale, first_n, first_v, n, v, N, V, D, R,
     stride_n, stride_d, stride_v, stride_w, stride_low_rank, softcap,
     HAS_BIAS: tl.constexpr, HAS_LOW_RANK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr, TMA: tl.constexpr,
@@ -75,12 +76,14 @@ def _final_logits(
     """A tile [BLOCK_N, BLOCK_V] of final logits in float32, and d final / d raw; columns beyond V are -inf."""
     acc = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
     acc = _add_product(
-        acc, input, weight, n, v, N, V, D, 0, stride_n, stride_d, stride_v, stride_w, BLOCK_D, UPCAST, TMA
-    )
+        acc, input, weight, first_n, first_v, n, v, N, V, D, 0,
+        stride_n, stride_d, stride_v, stride_w, BLOCK_D, UPCAST, TMA,
+    )  # fmt: skip
     if HAS_LOW_RANK:
         acc = _add_product(
-            acc, input, low_rank, n, v, N, V, R, D, stride_n, stride_d, stride_low_rank, 1, BLOCK_D, UPCAST, TMA
-        )
+            acc, input, low_rank, first_n, first_v, n, v, N, V, R, D,
+            stride_n, stride_d, stride_low_rank, 1, BLOCK_D, UPCAST, TMA,
+        )  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(bias_ptr + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
     z, slope = _final(acc, scale, softcap, HAS_SOFTCAP)
@@ -135,7 +138,8 @@ def statistics_kernel(
 ):  # fmt: skip
     """Streaming sums of a block of rows over one share of it: m, s, t, t2, b, bt, r, z_target, [8, S, N]."""
     # rows vary fastest, so that programs running together read the same tiles of the weight
-    n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    first_n = tl.program_id(0) * BLOCK_N
+    n = (first_n + tl.arange(0, BLOCK_N)).to(tl.int64)
     share = tl.program_id(1)
     scale = tl.zeros((BLOCK_N,), dtype=tl.float32) + inv_temperature
     if HAS_SCALE:
@@ -151,7 +155,7 @@ def statistics_kernel(
     for tile in range(share * tiles_per_share, tl.minimum((share + 1) * tiles_per_share, tl.cdiv(V, BLOCK_V))):
         v = (tile * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int64)
         z, _ = _final_logits(
-            input, weight, bias_ptr, low_rank, scale, n, v, N, V, D, R,
+            input, weight, bias_ptr, low_rank, scale, first_n, tile * BLOCK_V, n, v, N, V, D, R,
             stride_n, stride_d, stride_v, stride_w, stride_low_rank, softcap,
             HAS_BIAS, HAS_LOW_RANK, HAS_SOFTCAP, BLOCK_N, BLOCK_V, BLOCK_D, UPCAST, TMA,
         )  # fmt: skip
@@ -200,14 +204,15 @@ def gradient_kernel(
     if HAS_KEPT:  # noqa: SIM102 (a constant decides whether the inner one is compiled at all)
         if tl.load(kept_ptr + tl.program_id(0) * stride_kept + tl.program_id(1)) == 0:
             return
-    n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    first_n, first_v = tl.program_id(0) * BLOCK_N, first + tl.program_id(1) * BLOCK_V
+    n = (first_n + tl.arange(0, BLOCK_N)).to(tl.int64)
     column = (tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int64)
     v = first + column
     scale = tl.zeros((BLOCK_N,), dtype=tl.float32) + inv_temperature
     if HAS_SCALE:
         scale = tl.load(scale_ptr + n, mask=n < N, other=1.0)
     z, slope = _final_logits(
-        input, weight, bias_ptr, low_rank, scale, n, v, N, V, D, R,
+        input, weight, bias_ptr, low_rank, scale, first_n, first_v, n, v, N, V, D, R,
         stride_n, stride_d, stride_v, stride_w, stride_low_rank, softcap,
         HAS_BIAS, HAS_LOW_RANK, HAS_SOFTCAP, BLOCK_N, BLOCK_V, BLOCK_D, UPCAST, TMA,
     )  # fmt: skip
