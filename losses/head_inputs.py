@@ -126,9 +126,9 @@ def prepare(
                 f"`low_rank` is {tuple(u.shape)} and {tuple(matrix.shape)}; they must be {(*rows, 'R')} and {(V, 'R')}."
             )
         flat = torch.cat([flat, u.reshape(-1, u.shape[-1]).to(flat.dtype)], 1)
-    inv_temperature, row_inv_temperature = _inverse(temperature, rows)
-    head = Head(weight, bias, matrix, None, None, row_inv_temperature, inv_temperature, float(softcap or 0.0))
     stats_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    inv_temperature, row_inv_temperature = _inverse(temperature, rows, stats_dtype)
+    head = Head(weight, bias, matrix, None, None, row_inv_temperature, inv_temperature, float(softcap or 0.0))
     if class_weight is not None:
         class_weight = class_weight.to(stats_dtype)
     if group is not None:
@@ -155,7 +155,9 @@ def _product_dtype(input: Tensor, weight: Tensor) -> torch.dtype:
                 " be dequantised first."
             )
     device = input.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    # autocast leaves float64 alone
+    is_cast = torch.is_autocast_enabled(device) and weight.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if is_cast else weight.dtype
 
 
 def _mark_ignored(target: Tensor, ignore_index: int | None, outside: int) -> Tensor:
@@ -177,7 +179,7 @@ def _no_gradient(name: str, value: object) -> None:
         raise ValueError(f"`{name}` requires a gradient, but none flows to it; pass {name}.detach().")
 
 
-def _inverse(temperature: float | Tensor, shape: torch.Size) -> tuple[float, Tensor | None]:
+def _inverse(temperature: float | Tensor, shape: torch.Size, dtype: torch.dtype) -> tuple[float, Tensor | None]:
     if not isinstance(temperature, Tensor):
         if not temperature > 0:
             raise ValueError(f"`temperature` is {temperature}; it must be positive.")
@@ -187,4 +189,4 @@ def _inverse(temperature: float | Tensor, shape: torch.Size) -> tuple[float, Ten
         raise ValueError(
             f"`temperature` is {tuple(temperature.shape)}; it must be a number or one value a row, {tuple(shape)}."
         )
-    return 1.0, temperature.reciprocal().expand(shape).reshape(-1)
+    return 1.0, temperature.to(dtype).reciprocal().expand(shape).reshape(-1)

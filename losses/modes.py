@@ -59,5 +59,6 @@ def _obstacle(rows: HeadInputs, want: Want, plan: Plan, reduction: str) -> str |
         return "the head computes in float16: small gradients would be 0 before the loss scaler's factor arrives"
     num_rows, V = rows.input.shape[0], head.weight.shape[0]
     if num_rows and not rows_that_fit(num_rows, V, plan.dtype, plan.budget):
-        return f"not a single row of {V} logits fits `memory_budget_mib` = {plan.budget / 2**20:g}"
+        # no format after a colon: torch.compile cannot trace it
+        return f"not a single row of {V} logits fits `memory_budget_mib` = {plan.budget / 2**20}"
     return None
