@@ -110,12 +110,15 @@ def reduce_sums(sums: Sums, group: dist.ProcessGroup, seen: float | Tensor, offs
         seen: sum of the mean's weights c in this shard.
         offset: id of this shard's first entry; the argmax becomes a global id, at the cost of one more reduction.
     """
+    if not len(sums.m):  # on all ranks alike
+        return
     m = sums.m.clone()
     dist.all_reduce(m, dist.ReduceOp.MAX, group)
     if sums.argmax.numel():
         nowhere = torch.iinfo(torch.int64).max
-        sums.argmax = torch.where(sums.m == m, sums.argmax + offset, nowhere)
-        dist.all_reduce(sums.argmax, dist.ReduceOp.MIN, group)
+        first = torch.where(sums.m == m, sums.argmax + offset, nowhere)
+        dist.all_reduce(first, dist.ReduceOp.MIN, group)
+        sums.argmax = first.masked_fill(first == nowhere, 0)  # a row of NaN
     sums.move(slice(None), m, seen)
     fields = sums.additive()
     total = torch.stack(fields)

@@ -97,6 +97,8 @@ def tile_shape(rows: Rows, head: Head, budget: int, multiple: int = 1, gathers: 
         gathers: whether rows are copied, even where all of them count.
     """
     V, D = head.weight.shape
+    if not V:  # an empty shard
+        return max(1, min(len(rows), _MAX_ROWS)), 1
     n = min(len(rows), _MAX_ROWS, logit_elements(head.weight.dtype, budget) // max(1, min(multiple, V)))
     if rows.valid is not None or gathers:  # gathered hidden states take room as well
         n = min(n, max(64, budget // (8 * D * head.weight.element_size())))
@@ -112,7 +114,7 @@ class Workspace:
 
     def __init__(self, head: Head, n: int, v: int, budget: int, whole: bool = False) -> None:
         # ``whole``: the elementwise passes take all rows of a tile at a time
-        self.cached = n * v if whole else max(v, min(_CACHED, scratch_elements(budget)))
+        self.cached = n * max(1, v) if whole else max(v, min(_CACHED, scratch_elements(budget)))
         scratch = min(n * v, self.cached)
         self.logits = head.weight.new_empty(n * v)
         self.is_half = head.weight.dtype != head.stats_dtype

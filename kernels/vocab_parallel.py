@@ -29,9 +29,17 @@ WHOLE = Shard()
 
 
 def resolve_group(name: str) -> dist.ProcessGroup | None:
-    """The process group of a name, None for the empty one."""
+    """The process group of a name, None for the empty one; raises ValueError if it has been destroyed."""
+    if not name:
+        return None
     resolve: Any = _resolve_process_group  # its argument is a type of its own in some versions of torch
-    return resolve(name) if name else None
+    try:
+        return resolve(name)
+    except RuntimeError as error:
+        raise ValueError(
+            f"`vocab_parallel_group` {name!r} does not exist (any more): call init_process_group first, and this before"
+            " destroy_process_group."
+        ) from error
 
 
 @custom_op("litropy::locate_shard", mutates_args=())
@@ -103,8 +111,8 @@ def _checksum(target: Tensor | None) -> Tensor | float:
     """A number that differs where targets or their order do, exact up to 2^53."""
     if target is None:
         return 0.0
-    position = torch.arange(1, target.shape[0] + 1, device=target.device)
-    return ((target + 2).clamp_max(1 << 20) * (position % 4099)).sum()
+    position = torch.arange(target.shape[0], device=target.device)
+    return ((target + 2).clamp_max(1 << 20) * (position % 4099 + 1)).sum()
 
 
 def _check(target: Tensor | None, sizes: list[float], rows: list[float], checksums: list[float]) -> None:
@@ -114,6 +122,8 @@ def _check(target: Tensor | None, sizes: list[float], rows: list[float], checksu
             " needs the same tokens and its own shard of the vocabulary. A head that is sharded for data parallelism"
             " (FSDP) must be gathered first: compute the loss inside the module's forward."
         )
+    if not sum(sizes):
+        raise ValueError("`linear_weight` has no rows on any rank of `vocab_parallel_group`.")
     if target is not None and target.numel() and int(target.max()) >= sum(sizes):
         raise ValueError(
             f"`target` holds {int(target.max())}, but the shards of `vocab_parallel_group` cover"

@@ -16,10 +16,15 @@ def local_head(
     Gradients come back as DTensors of the same placement.
 
     Raises:
-        ValueError: if a placement is not understood, or a group is given for a weight that has one of its own.
+        ValueError: if a placement is not understood, the group is none, or one is given for a weight that has its own.
     """
     from torch.distributed.tensor import DTensor
 
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise ValueError(
+            f"`vocab_parallel_group` is {group!r}; it must be a process group that this rank belongs to, such as"
+            " mesh.get_group('tensor')."
+        )
     if not isinstance(weight, DTensor):
         others = {"input": input, "linear_bias": bias, "target": target}
         if found := [name for name, x in others.items() if isinstance(x, DTensor)]:
