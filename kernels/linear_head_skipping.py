@@ -23,6 +23,8 @@ __all__ = ["TileMass", "add_skipped_smoothing", "select_tiles", "tile_of"]
 
 # columns of a tile in the PyTorch implementation, where each row chooses for itself
 _COLUMNS = 512
+# tiles whose share of label smoothing is added by one product
+_SMOOTHED_TILES = 8
 
 
 def tile_of(impl: str, dtype: torch.dtype) -> tuple[int, int]:
@@ -110,13 +112,15 @@ def select_tiles(
         kept[blocks] = ~torch.zeros_like(light).scatter_(1, order, light)
         kept_rows = kept[blocks].repeat_interleave(height, 0)[: len(share)] if height > 1 else kept[blocks]
         stats.skipped_mass[rows] = share.masked_fill(kept_rows, 0).sum(1)
-        stats.surviving_share[rows] = kept_rows.to(share.dtype).mean(1)
+        stats.surviving_share[rows] = kept_rows.sum(1, dtype=share.dtype)
     if target is not None:
         stats.surviving_share.masked_fill_(target < 0, 0)
+    tiles = torch.full_like(stats.lse, T)
     if group is not None:
-        both = torch.stack([stats.skipped_mass, stats.surviving_share / dist.get_world_size(group)])
-        dist.all_reduce(both, dist.ReduceOp.SUM, group)
-        stats.skipped_mass, stats.surviving_share = both
+        sums = torch.stack([stats.skipped_mass, stats.surviving_share, tiles])
+        dist.all_reduce(sums, dist.ReduceOp.SUM, group)
+        stats.skipped_mass, stats.surviving_share, tiles = sums
+    stats.surviving_share = stats.surviving_share / tiles
     return kept
 
 
@@ -145,12 +149,17 @@ def add_skipped_smoothing(
     if target is not None:
         per_row = per_row.masked_fill((target < 0)[:, None], 0)
     c = torch.full((V,), 1 / V, device=g.device, dtype=g.dtype) if head.mean_weight is None else head.mean_weight
-    for j, columns in enumerate(ranges(V, width)):
-        rows, c_v = per_row[:, j : j + 1], c[columns].to(g.dtype)
+    for columns in ranges(V, _SMOOTHED_TILES * width):
+        tiles = slice(columns.start // width, -(-columns.stop // width))
+        rows, c_v = per_row[:, tiles], c[columns].to(g.dtype)
+        # the tile of each column, as a matrix: it turns sums over columns into one product
+        tile = torch.arange(c_v.shape[0], device=c_v.device) // width
+        members = torch.zeros((rows.shape[1], c_v.shape[0]), device=c_v.device, dtype=g.dtype)
+        members.scatter_(0, tile[None], c_v[None])
         if sum_input is not None:
             for part, matrix in head.factors():
-                sum_input[:, part] += rows * (c_v @ matrix[columns].to(g.dtype))
+                sum_input[:, part] += rows @ (members @ matrix[columns].to(g.dtype))
         for part, out in gradients.factors(head):
-            out[columns] += (c_v[:, None] * (rows.t() @ input[:, part].to(g.dtype))).to(out.dtype)
+            out[columns] += (members.t() @ (rows.t() @ input[:, part].to(g.dtype))).to(out.dtype)
         if gradients.bias is not None:
-            gradients.bias[columns] += (c_v * rows.sum()).to(gradients.bias.dtype)
+            gradients.bias[columns] += (members.t() @ rows.sum(0)).to(gradients.bias.dtype)
