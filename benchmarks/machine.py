@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "triton", "transformers", "cut-cross-entropy", "liger-kernel")
+PACKAGES = ("torch", "triton", "transformers", "cut-cross-entropy", "liger-kernel", "quack-kernels", "verl")
 
 
 def _cpu_model() -> str:

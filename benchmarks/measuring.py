@@ -2,35 +2,15 @@
 
 import ctypes
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Case:
-    """One problem: N tokens, width D, vocabulary V, in one dtype."""
-
-    tokens: int
-    width: int
-    vocabulary: int
-    dtype: str
-
-    def inputs(self, device: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Random hidden states, weight (logits of standard deviation 2) and targets, the same in every process."""
-        generator = torch.Generator(device).manual_seed(0)
-        dtype = getattr(torch, self.dtype)
-        hidden = torch.randn(self.tokens, self.width, generator=generator, device=device, dtype=dtype)
-        weight = torch.randn(self.vocabulary, self.width, generator=generator, device=device, dtype=dtype)
-        weight.mul_(2 / self.width**0.5)
-        target = torch.randint(self.vocabulary, (self.tokens,), generator=generator, device=device)
-        return hidden.requires_grad_(), weight.requires_grad_(), target
 
 
 def synchronize(device: str) -> None:
@@ -39,10 +19,22 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def interleaved_times(steps: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each step in each round; rounds are interleaved, so that a noisy moment hits everyone alike."""
+def interleaved_times(
+    steps: Mapping[str, Callable[[], object]], rounds: int, device: str, patience: float = math.inf
+) -> dict[str, list[float]]:
+    """Seconds of each step in each round; rounds are interleaved, so that a noisy moment hits everyone alike.
+
+    Args:
+        steps: what to time, by name.
+        rounds: how often.
+        device: where it runs.
+        patience: seconds after which three rounds have to do.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
+    begin = time.perf_counter()
+    for done in range(rounds):
+        if done >= 3 and time.perf_counter() - begin > patience:
+            break
         for name, step in steps.items():
             synchronize(device)
             start = time.perf_counter()

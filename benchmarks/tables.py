@@ -1,0 +1,140 @@
+"""Results as Markdown: one function for each benchmark."""
+
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SHORT_DTYPE = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+Record = dict[str, Any]
+
+
+def table(header: list[str], rows: list[list[str]], texts: int = 1) -> str:
+    """A Markdown table; numbers, which is all but the first ``texts`` columns, to the right."""
+    lines = [header, [*["---"] * texts, *["---:"] * (len(header) - texts)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def number(value: float | None) -> str:
+    """A measurement in two digits or more."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value >= 9.95 else f"{value:.1f}"
+
+
+def shape(case: Record) -> str:
+    """N, D and V of a case."""
+    return f"N = {case['tokens']:,}, D = {case['width']:,}, V = {case['vocabulary']:,}"
+
+
+def provenance(record: Record, path: Path, in_docs: bool) -> str:
+    """Where and when something was measured."""
+    machine = record["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if name != "transformers")
+    # the site has docs/ as its root, and can't link to files outside it
+    relative = path.relative_to(ROOT).as_posix()
+    source = f"`{relative}`" if in_docs else f"[JSON]({relative})"
+    return f"{machine['hardware']}; {versions}; commit {machine['commit']}, {machine['date']}; {source}."
+
+
+def headline(record: Record) -> list[Record]:
+    """The cases of the last shape: the one that users of large vocabularies have."""
+    last = record["cases"][-1]
+    return [case for case in record["cases"] if shape(case) == shape(last)]
+
+
+def linear_head_summary(record: Record) -> str:
+    """Time and memory at the headline shape."""
+    cases = headline(record)
+    header = ["forward + backward"]
+    for case in cases:
+        header += [f"ms, {SHORT_DTYPE[case['dtype']]}", f"MiB, {SHORT_DTYPE[case['dtype']]}"]
+    rows = []
+    for name in [result["name"] for result in cases[0]["results"]]:
+        row = [name]
+        for case in cases:
+            result = next((result for result in case["results"] if result["name"] == name), {})
+            row += [number(result.get("median_ms")), number(result.get("peak_extra_mib"))]
+        rows.append(row)
+    return table(header, rows)
+
+
+def linear_head_case(case: Record, baseline: str) -> str:
+    """Everything about one problem."""
+    naive = next((result["median_ms"] for result in case["results"] if result["name"] == baseline), None)
+    skips = any("surviving_share" in result for result in case["results"])
+    header = ["", "median ms", "min ms", "of naive", "extra MiB", "loss", "input gradient", "weight gradient"]
+    header += ["tiles kept", "mass skipped"] if skips else []
+    rows = []
+    for result in case["results"]:
+        row = [result["name"], number(result["median_ms"]), number(result["min_ms"])]
+        row += [f"{result['median_ms'] / naive:.2f}" if naive else "-", number(result["peak_extra_mib"])]
+        row += [f"{result[key]:.1e}" for key in ("loss_error", "input_gradient_error", "weight_gradient_error")]
+        if skips and "surviving_share" in result:
+            row += [f"{result['surviving_share']:.0%}", f"{result['mean_skipped_mass']:.1e}"]
+        elif skips:
+            row += ["", ""]
+        rows.append(row)
+    data = "Random numbers" if case["data"] == "random" else "Trained model"
+    return f"**{data}, {shape(case)}, {SHORT_DTYPE[case['dtype']]}**\n\n{table(header, rows)}"
+
+
+def missing_contenders(cases: list[Record]) -> str:
+    """Who did not run, and why; empty if everybody did."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for case in cases:
+        for peer in case["not_run"]:
+            where = f"{shape(case)}, {SHORT_DTYPE[case['dtype']]}"
+            reasons.setdefault((peer["name"], peer["reason"]), []).append(where)
+    lines = []
+    for (name, why), where in reasons.items():
+        some = f" ({'; '.join(where)})" if len(where) < len(cases) else ""
+        lines.append(f"- {name}{some}: `{why}`")
+    return "Did not run here:\n\n" + "\n".join(lines) if lines else ""
+
+
+def quickstart_step(record: Record) -> str:
+    """A training step of the quickstart."""
+    rows = [[r["name"], number(r["median_ms"]), number(r["peak_extra_mib"])] for r in record["results"]]
+    caption = (
+        f"{record['parameters'] / 1e6:.1f} M parameters, V = {record['vocabulary']:,},"
+        f" {record['batch_size']} x {record['sequence_length']} tokens, fp32."
+        " MiB is peak memory beyond parameters and optimiser state."
+    )
+    return f"{table(['training step', 'median ms', 'MiB'], rows)}\n\n{caption}"
+
+
+def survival(record: Record) -> str:
+    """The share of tiles that survive, for every order of the vocabulary and every tile."""
+    cases, tolerances = record["cases"], record["tolerances"]
+    header = ["order of the vocabulary", "tile", *[f"{case['data']}, {tol:g}" for case in cases for tol in tolerances]]
+    shares: dict[tuple[str, str], list[str]] = {}
+    for case in cases:
+        for row in case["rows"]:
+            key = row["order"], f"{row['tile'][0]} x {row['tile'][1]}"
+            shares.setdefault(key, []).append(f"{row['surviving_share']:.1%}")
+    about = "; ".join(
+        f"{case['data']}: {shape(case)}, loss {case['loss']:.2f} nats, entropy {case['mean_entropy']:.2f} nats"
+        for case in cases
+    )
+    return f"{table(header, [[*key, *row] for key, row in shares.items()], texts=2)}\n\n{about}."
+
+
+def compile_kernels(record: Record) -> str:
+    """What each kernel takes on each target: without options / with all of them."""
+    header = ["kernel", "dtype", "registers", "spilled bytes", "shared memory", "instruction", "loads"]
+    rows: dict[str, dict[tuple[str, str], dict[str, Record]]] = {}
+    for row in record["rows"]:
+        of_target = rows.setdefault(row["target"], {})
+        of_target.setdefault((row["kernel"], row["dtype"]), {})[row["options"]] = row
+    parts = []
+    for target, kernels in rows.items():
+        lines = []
+        for (kernel, dtype), by_options in kernels.items():
+            pair = [by_options["none"], by_options["all"]]
+            keys = ("registers", "spills", "shared_memory", "matrix_instruction", "loads")
+            both = [" / ".join(dict.fromkeys(f"{row[key]}" for row in pair)) for key in keys]
+            lines.append([f"`{kernel}`", SHORT_DTYPE[dtype], *both])
+        limit = f"A program may use {record['shared_memory_limit'][target]:,} bytes of shared memory."
+        parts.append(f"### {target}\n\n{limit}\n\n{table(header, lines, texts=2)}")
+    return "\n\n".join(parts)
