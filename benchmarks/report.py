@@ -36,9 +36,7 @@ def linear_head_summary(in_docs: bool) -> str:
     parts = []
     for path, record in records("linear_head"):
         image = f"{'' if in_docs else 'docs/'}assets/{path.stem}.png"
-        caption = (
-            f"{shape(headline(record)[0])}. Milliseconds are medians; MiB is peak memory beyond inputs and gradients."
-        )
+        caption = "Milliseconds are medians; MiB is peak memory beyond inputs and gradients."
         parts += [f"![Time and memory of the loss, forward and backward]({image})", tables.linear_head_summary(record)]
         parts.append(f"{shape(headline(record)[0])}. {caption} {provenance(record, path, in_docs)}")
     return "\n\n".join(parts) or _missing("linear_head")
