@@ -6,6 +6,7 @@ from litropy.callbacks.last_checkpoint import LastCheckpoint
 from litropy.callbacks.metrics_file import MetricsFile
 from litropy.callbacks.progress_bar import StepProgressBar
 from litropy.callbacks.run_report import RunReport
+from litropy.callbacks.sigma_reparam import SigmaReparam
 from litropy.callbacks.throughput import Throughput
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "LastCheckpoint",
     "MetricsFile",
     "RunReport",
+    "SigmaReparam",
     "StepProgressBar",
     "Throughput",
 ]

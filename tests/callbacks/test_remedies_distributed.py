@@ -1,0 +1,55 @@
+"""Remedies on two CPU processes under DDP and FSDP2, against one process."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+WORKER = Path(__file__).with_name("remedy_worker.py")
+
+
+@pytest.fixture(scope="module")
+def worker():
+    spec = importlib.util.spec_from_file_location("remedy_worker", WORKER)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What both ranks have found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(WORKER), str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return [torch.load(folder / f"found{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+def assert_same(ours, theirs, **tolerance):
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+STRATEGIES = pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+@STRATEGIES
+def test_spectral_norms_on_two_ranks_are_those_on_one(worker, found, strategy):
+    alone, ours = worker.sigma("single"), found[0]["sigma", strategy]
+    assert_same(ours["state"], alone["state"], **CLOSE)
+    assert_same(ours["folded"], alone["folded"], **CLOSE)
+    assert torch.equal(ours["vectors"], found[1]["sigma", strategy]["vectors"])
+    assert_same(ours["resumed"], ours["state"], rtol=0, atol=0)
+
+
+def test_sharding_before_reparametrising_is_refused(found):
+    assert "before `fully_shard`" in found[0]["sigma", "fsdp"]["too_late"]
