@@ -201,16 +201,15 @@ def test_nan_and_inf_propagate(bad, impl, device):
     assert torch.equal(~got["input"].isfinite().all(1), broken)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_nan_in_an_ignored_row_stays_there(impl, device):
-    """Padding may hold anything."""
-    problem = make_problem(6, 8, 40, device=device)
+def test_nan_in_an_ignored_row_stays_there():
+    """On a CPU, where ignored rows are left out of everything, padding may hold anything."""
+    problem = make_problem(6, 8, 40)
     input = problem.input.masked_fill((problem.target < 0)[:, None], math.nan)
-    stats, _, leaves = solve(problem.but(input=input), impl)
-    clean, _, clean_leaves = solve(problem, impl)
+    stats, _, leaves = solve(problem.but(input=input), "torch")
+    clean, _, clean_leaves = solve(problem, "torch")
     for name in ("logprob", "lse", "entropy"):
         assert torch.equal(getattr(stats, name), getattr(clean, name))
-    g = {"logprob": torch.ones(6, device=device), "entropy": torch.ones(6, device=device)}
+    g = {"logprob": torch.ones(6), "entropy": torch.ones(6)}
     for a, b in zip(gradients(stats, leaves, g).values(), gradients(clean, clean_leaves, g).values(), strict=True):
         assert torch.equal(a, b)
 

@@ -31,6 +31,7 @@ from litropy.kernels.linear_head_types import Want
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 NUCLEI = [False, True]
+ROWS = {"torch": 30, "triton": 6}  # the interpreter takes its time for every row
 
 
 def well_separated(problem, top_p, distance=1e-5):
@@ -51,15 +52,15 @@ def well_separated(problem, top_p, distance=1e-5):
 @pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.9, 1.0])
 def test_nucleus(top_p, is_open, dtype, impl, device):
     """Integer logits repeat, so nearly every threshold has ties."""
-    problem = well_separated(exact_problem(30, 10, 90, dtype, device, temperature=4.0), top_p)
+    problem = well_separated(exact_problem(ROWS[impl], 10, 90, dtype, device, temperature=4.0), top_p)
     check(problem, impl, Want(top_p=top_p, open_nucleus=is_open), only=["nucleus_entropy"])
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("is_open", NUCLEI, ids=["closed", "open"])
 def test_nucleus_with_every_option(is_open, impl, device):
-    temperature = 1 + torch.rand(30, device=device)
-    problem = make_problem(30, 10, 90, device=device, softcap=6.0, temperature=temperature, scale=2.0)
+    temperature = 1 + torch.rand(ROWS[impl], device=device)
+    problem = make_problem(ROWS[impl], 10, 90, device=device, softcap=6.0, temperature=temperature, scale=2.0)
     want = STREAMED._replace(top_p=0.8, open_nucleus=is_open, top_k=5)
     check(well_separated(problem, 0.8), impl, want, budget=1 << 12)
 
@@ -87,22 +88,22 @@ def test_all_equal_logits(impl, device):
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_duplicated_entries_stay_together(softcap, impl, device):
     """Each row of the head stands there three times, far apart: a nucleus holds all copies or none."""
-    problem = well_separated(make_problem(40, 12, 33, device=device, ignored=False, softcap=softcap), 0.6)
+    problem = well_separated(make_problem(ROWS[impl], 12, 33, device=device, ignored=False, softcap=softcap), 0.6)
     tripled = problem.but(weight=problem.weight.repeat(3, 1), bias=problem.bias.repeat(3))
     for is_open in NUCLEI:
         want = Want(top_p=0.6, open_nucleus=is_open)
         once = solve_stored(problem, want)[0]["nucleus_entropy"].detach()
         thrice = solve(tripled, impl, want)[0].nucleus_entropy.double()
         several = once > 0
-        assert several.sum() > 10
+        assert several.sum() > ROWS[impl] // 3
         torch.testing.assert_close(thrice[several], once[several] + math.log(3), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rank_counts_what_is_strictly_greater(dtype, impl, device):
-    problem = exact_problem(40, 10, 90, dtype, device)
-    problem = problem.but(target=problem.target.masked_fill(torch.arange(40, device=device) % 5 == 0, -1))
+    problem = exact_problem(ROWS[impl], 10, 90, dtype, device)
+    problem = problem.but(target=problem.target.masked_fill(torch.arange(ROWS[impl], device=device) % 5 == 0, -1))
     stats = solve(problem, impl, Want(rank=True, argmax=True), budget=1 << 12)[0]
     z = exact_logits(problem)
     picked = z.gather(1, problem.target.clamp_min(0)[:, None])
@@ -128,8 +129,8 @@ def test_rank_of_a_masked_target(impl, device):
 @pytest.mark.parametrize("k", [1, 5, 64])
 def test_top_k(k, dtype, impl, device):
     """Which of several equal entries are among the k does not matter; more than there are means all of them."""
-    check(exact_problem(30, 10, 40, dtype, device, temperature=3.0), impl, Want(top_k=k))
-    stats = solve(exact_problem(30, 10, 40, dtype, device), impl, Want(top_k=k, entropy=True))[0]
+    check(exact_problem(ROWS[impl], 10, 40, dtype, device, temperature=3.0), impl, Want(top_k=k))
+    stats = solve(exact_problem(ROWS[impl], 10, 40, dtype, device), impl, Want(top_k=k, entropy=True))[0]
     if k == 1:
         assert torch.equal(stats.topk_entropy, torch.zeros_like(stats.topk_entropy))
         torch.testing.assert_close(stats.topk_mass, stats.max_logprob.exp())
@@ -236,7 +237,7 @@ def test_finite_differences(is_open):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_ranking_does_not_change_the_other_statistics(impl, device):
-    problem, want = make_problem(30, 16, 120, device=device), STREAMED._replace(rank=True, top_k=3, top_p=0.5)
+    problem, want = make_problem(ROWS[impl], 16, 120, device=device), STREAMED._replace(rank=True, top_k=3, top_p=0.5)
     ranked, streamed = solve(problem, impl, want, BUDGET)[0], solve(problem, impl)[0]
     for name in ("logprob", "lse", "entropy", "mean_logprob", "varentropy", "collision", "entropy_drift", "argmax"):
         torch.testing.assert_close(getattr(ranked, name), getattr(streamed, name), rtol=1e-5, atol=1e-5)

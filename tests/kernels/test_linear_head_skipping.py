@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_head_problems import (
     BUDGET,
-    DTYPES,
     IMPLS,
     differentiable,
     exact_logits,
@@ -45,13 +44,16 @@ def of_entries(kept, problem, impl):
     return kept.repeat_interleave(height, 0)[: len(problem.input)].repeat_interleave(width, 1)[:, :V]
 
 
+WANTS = {"loss": Want(), "entropy": Want(entropy=True), "varentropy": Want(varentropy=True)}
+CASES = [("loss", 0.05, torch.bfloat16), ("loss", 0.05, torch.float16)]
+CASES += [(name, tolerance, torch.float32) for name in WANTS for tolerance in (1e-4, 0.05, 0.9)]
+
+
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tolerance", [1e-4, 0.05, 0.9])
-@pytest.mark.parametrize("want", [Want(), Want(entropy=True), Want(varentropy=True)], ids=["", "entropy", "varentropy"])
-def test_no_row_loses_more_than_it_may(want, tolerance, dtype, impl, device):
+@pytest.mark.parametrize(("name", "tolerance", "dtype"), CASES)
+def test_no_row_loses_more_than_it_may(name, tolerance, dtype, impl, device):
     problem = confident(dtype=dtype, device=device)
-    stats, kept, _ = solve(problem, impl, want, skip_tol=tolerance)
+    stats, kept, _ = solve(problem, impl, WANTS[name], skip_tol=tolerance)
     valid = problem.target >= 0
     entries = of_entries(kept, problem, impl)
     lost = (exact_logits(problem).softmax(1) * ~entries).sum(1)[valid]
@@ -61,7 +63,8 @@ def test_no_row_loses_more_than_it_may(want, tolerance, dtype, impl, device):
     # the masses are those of logits rounded to the dtype, and so are off by the rounding of a logit
     slack = 40 * torch.finfo(dtype).eps * tolerance + 1e-7
     torch.testing.assert_close(stats.skipped_mass[valid].double(), lost, rtol=0, atol=slack)
-    assert (stats.surviving_share[valid] < 1).any()
+    if tolerance > 1e-3:
+        assert (stats.surviving_share[valid] < 1).all()
     height, width = tile_of(impl, dtype)
     of_rows = kept.repeat_interleave(height, 0)[:24]
     torch.testing.assert_close(stats.surviving_share[valid], of_rows[valid].float().mean(1))
@@ -182,7 +185,7 @@ def test_a_row_that_is_sure_keeps_its_z_loss(impl, device):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("vocabulary", [4097, 10240])
+@pytest.mark.parametrize("vocabulary", [4097, 6144])
 def test_a_fresh_head_keeps_its_gradient(vocabulary, impl, device):
     """Near-uniform rows: every p is below any threshold on single entries, and all of them together are everything."""
     problem = make_problem(16, 8, vocabulary, device=device, bias=False, scale=0.02, ignored=False)
