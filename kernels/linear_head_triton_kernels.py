@@ -68,15 +68,18 @@ def _final(z, scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _final_logits(
-    input, weight, bias_ptr, low_rank, scale, first_n, first_v, n, v, N, V, D, R,
+    input, weight, bias_ptr, low_rank, scale, first_n, first_v, n, v, N, V, width, D, R,
     stride_n, stride_d, stride_v, stride_w, stride_low_rank, softcap,
     HAS_BIAS: tl.constexpr, HAS_LOW_RANK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """A tile [BLOCK_N, BLOCK_V] of final logits in float32, and d final / d raw; columns beyond V are -inf."""
+    """A tile [BLOCK_N, BLOCK_V] of final logits in float32, and d final / d raw; columns beyond V are -inf.
+
+    ``width`` is D, or 0 to leave the product with the weight out.
+    """
     acc = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
     acc = _add_product(
-        acc, input, weight, first_n, first_v, n, v, N, V, D, 0,
+        acc, input, weight, first_n, first_v, n, v, N, V, width, 0,
         stride_n, stride_d, stride_v, stride_w, BLOCK_D, UPCAST, TMA,
     )  # fmt: skip
     if HAS_LOW_RANK:
@@ -152,10 +155,13 @@ def statistics_kernel(
     s, t, t2, b, bt, r, z_target = zero, zero, zero, zero, zero, zero, zero
     argmax = tl.zeros((BLOCK_N,), dtype=tl.int64)
     seen = 0.0
-    for tile in range(share * tiles_per_share, tl.minimum((share + 1) * tiles_per_share, tl.cdiv(V, BLOCK_V))):
+    end = tl.minimum((share + 1) * tiles_per_share, tl.cdiv(V, BLOCK_V))
+    if HAS_TARGET:  # a block in which every row is ignored has nothing to sum up
+        end = tl.where(tl.max(target, 0) < 0, 0, end)
+    for tile in range(share * tiles_per_share, end):
         v = (tile * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int64)
         z, _ = _final_logits(
-            input, weight, bias_ptr, low_rank, scale, first_n, tile * BLOCK_V, n, v, N, V, D, R,
+            input, weight, bias_ptr, low_rank, scale, first_n, tile * BLOCK_V, n, v, N, V, D, D, R,
             stride_n, stride_d, stride_v, stride_w, stride_low_rank, softcap,
             HAS_BIAS, HAS_LOW_RANK, HAS_SOFTCAP, BLOCK_N, BLOCK_V, BLOCK_D, UPCAST, TMA,
         )  # fmt: skip
@@ -208,20 +214,24 @@ def gradient_kernel(
     n = (first_n + tl.arange(0, BLOCK_N)).to(tl.int64)
     column = (tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int64)
     v = first + column
+    width = D
+    target = tl.full((BLOCK_N,), -1, dtype=tl.int64)
+    if HAS_TARGET:
+        target = tl.load(target_ptr + n, mask=n < N, other=-1)
+        # a block in which every row is ignored gets zeros without a product
+        width = tl.where(tl.max(target, 0) < 0, 0, D)
     scale = tl.zeros((BLOCK_N,), dtype=tl.float32) + inv_temperature
     if HAS_SCALE:
         scale = tl.load(scale_ptr + n, mask=n < N, other=1.0)
     z, slope = _final_logits(
-        input, weight, bias_ptr, low_rank, scale, first_n, first_v, n, v, N, V, D, R,
+        input, weight, bias_ptr, low_rank, scale, first_n, first_v, n, v, N, V, width, D, R,
         stride_n, stride_d, stride_v, stride_w, stride_low_rank, softcap,
         HAS_BIAS, HAS_LOW_RANK, HAS_SOFTCAP, BLOCK_N, BLOCK_V, BLOCK_D, UPCAST, TMA,
     )  # fmt: skip
     max_logit = tl.load(max_logit_ptr + n, mask=n < N, other=0.0)
     max_logprob = tl.load(max_logprob_ptr + n, mask=n < N, other=0.0)
     factor = tl.load(factor_ptr + n, mask=n < N, other=0.0)
-    target = tl.full((BLOCK_N,), -1, dtype=tl.int64)
     if HAS_TARGET:
-        target = tl.load(target_ptr + n, mask=n < N, other=-1)
         # an ignored row has no statistics; -inf makes its probabilities 0
         max_logprob = tl.where(target < 0, -float("inf"), max_logprob)
     logp = (z - max_logit[:, None]) + max_logprob[:, None]

@@ -2,5 +2,6 @@
 
 from litropy.losses.cut_cross_entropy import CutCrossEntropyLoss, linear_cross_entropy
 from litropy.losses.linear_head import HeadStats, linear_head_stats
+from litropy.losses.selected import linear_head_logprobs
 
-__all__ = ["CutCrossEntropyLoss", "HeadStats", "linear_cross_entropy", "linear_head_stats"]
+__all__ = ["CutCrossEntropyLoss", "HeadStats", "linear_cross_entropy", "linear_head_logprobs", "linear_head_stats"]
