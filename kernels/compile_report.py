@@ -20,10 +20,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from litropy.kernels.attention_entropy_triton_kernels import attention_gradient_kernel, attention_statistics_kernel
 from litropy.kernels.linear_head_ranking_kernels import ranking_kernel
 from litropy.kernels.linear_head_sparse_kernels import input_gradient_kernel, weight_gradient_kernel
 from litropy.kernels.linear_head_triton_kernels import block_kernel, gradient_kernel, statistics_kernel
-from litropy.kernels.tile_configs import tile_config
+from litropy.kernels.tile_configs import attention_tile_config, tile_config
 
 __all__ = ["SHARED_MEMORY_LIMIT", "TARGETS", "CompiledKernel", "compile_kernel", "compile_report", "table"]
 
@@ -47,16 +48,26 @@ KERNELS: dict[Any, tuple[str, ...]] = {
     ranking_kernel: (),
     input_gradient_kernel: ("dz_ptr", "weight_ptr"),
     weight_gradient_kernel: ("out_ptr", "bias_ptr", "dz_ptr", "input_ptr"),
+    attention_statistics_kernel: ("q_ptr", "k_ptr", "bias_ptr"),
+    attention_gradient_kernel: ("q_ptr", "k_ptr", "bias_ptr", "da_ptr"),
 }
+_ATTENTION, _HEAD_WIDTH = (attention_statistics_kernel, attention_gradient_kernel), 128
 # arguments that may be tensor descriptors, and which block size their rows have
 _DESCRIBED = {"input": "BLOCK_N", "weight": "BLOCK_V", "low_rank": "BLOCK_V"}
 _INTEGERS = {"target_ptr": "*i64", "argmax_ptr": "*i64", "rank_ptr": "*i64", "kept_ptr": "*u8"}
-_INTEGERS |= dict.fromkeys(("list_ptr", "count_ptr", "order_ptr", "bounds_ptr"), "*i32")
-_NUMBERS = ("softcap", "inv_temperature", "label_smoothing", "z_loss", "top_p")
+_INTEGERS |= dict.fromkeys(
+    ("list_ptr", "count_ptr", "order_ptr", "bounds_ptr", "segments_ptr", "key_segments_ptr"), "*i32"
+)
+_INTEGERS |= {"rows_ptr": "*i64", "prefix_ptr": "*i64", "key_mask_ptr": "*u8", "mask_ptr": "*u8"}
+_NUMBERS = ("scale", "hiding_bias", "softcap", "inv_temperature", "label_smoothing", "z_loss", "top_p")
 # what is 1 in practice, which Triton specialises on at run time as well
-_UNIT_STRIDES = ("stride_d", "stride_w")
+_UNIT_STRIDES = ("stride_d", "stride_w", "stride_qd", "stride_kd", "stride_mask_k", "stride_bias_k")
 # multiples of 16 in practice, beside pointers
-_ALIGNED = ("D", "V", "first", "stride_dz", "stride_n", "stride_v", "stride_low_rank", "stride_out", "stride_logits")
+_ALIGNED = (
+    "D", "V", "first", "stride_dz", "stride_n", "stride_v", "stride_low_rank", "stride_out", "stride_logits", "Tk",
+    "stride_da", "stride_qb", "stride_qh", "stride_qr", "stride_kb", "stride_kh", "stride_kt", "stride_mask_q",
+    "stride_bias_q",
+)  # fmt: skip
 _MATRIX_INSTRUCTION = re.compile(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma")
 
 
@@ -103,11 +114,14 @@ def compile_kernel(kernel: Any, dtype: torch.dtype, target: str, all_options: bo
     """Compile one kernel with the tile that would be chosen at run time."""
     gpu = TARGETS[target]
     tma = target in TMA_TARGETS
-    tiled = kernel in (statistics_kernel, gradient_kernel)
+    tiled = kernel in (statistics_kernel, gradient_kernel, *_ATTENTION)
     tile = tile_config(dtype, gpu.backend, tma, heavy=tiled and all_options)
+    if kernel in _ATTENTION:
+        tile = attention_tile_config(dtype, _HEAD_WIDTH)
     row_blocks = {block_kernel: 4096, ranking_kernel: 2048}
     blocks: dict[str, int | bool] = {"BLOCK_N": tile.block_n, "BLOCK_V": row_blocks.get(kernel, tile.block_v)}
     blocks |= {"BLOCK_D": tile.block_d, "BLOCK_W": 64, "BLOCK_K": 16, "UPCAST": False, "TMA": tma}
+    blocks |= {"BLOCK_R": tile.block_n, "BLOCK_T": tile.block_v, "WIDTH": _HEAD_WIDTH}
     types, constants = _arguments(kernel, dtype, blocks, all_options)
     aligned = {
         (position,): [["tt.divisibility", 16]]

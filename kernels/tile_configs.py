@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-__all__ = ["TileConfig", "tile_config"]
+__all__ = ["TileConfig", "attention_tile_config", "tile_config"]
 
 
 @dataclass(frozen=True)
@@ -40,3 +40,11 @@ def _config(dtype: torch.dtype, backend: str, tma: bool) -> TileConfig:
     if tma:  # 128 bytes of a row at a time, the widest swizzle
         return TileConfig(128, 128, 64, num_warps=8, num_stages=3)
     return TileConfig(128, 128, 32, num_warps=8, num_stages=2 if backend == "hip" else 4)
+
+
+def attention_tile_config(dtype: torch.dtype, width: int) -> TileConfig:
+    """Choose the tile of the attention kernels, rows by keys by a part of the heads' ``width``."""
+    stages = 2 if width <= 128 else 1  # every part of the keys has its own buffers
+    if dtype == torch.float32:
+        return TileConfig(32, 32, 32, num_warps=4, num_stages=stages)
+    return TileConfig(64, 64, 64, num_warps=8, num_stages=stages)
