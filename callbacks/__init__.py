@@ -1,5 +1,6 @@
 """Lightning callbacks."""
 
+from litropy.callbacks.attention_entropy_monitor import AttentionEntropyMonitor
 from litropy.callbacks.curves import Curves
 from litropy.callbacks.hugging_face_folder import HuggingFaceFolder
 from litropy.callbacks.last_checkpoint import LastCheckpoint
@@ -10,6 +11,7 @@ from litropy.callbacks.sigma_reparam import SigmaReparam
 from litropy.callbacks.throughput import Throughput
 
 __all__ = [
+    "AttentionEntropyMonitor",
     "Curves",
     "HuggingFaceFolder",
     "LastCheckpoint",

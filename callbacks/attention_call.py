@@ -92,8 +92,11 @@ class AttentionCall:
             options["mask"] = self.visible(sequences, rows)
             if self.bias is not None and self.bias.shape[2] > 1:
                 options["bias"] = options["bias"].index_select(2, rows)
-            return attention_entropy(q.index_select(2, rows), k, **options)
-        stats = attention_entropy(q, k, rows=rows, causal=self.causal, window=self.window, **options)
+            q, rows = q.index_select(2, rows), None
+        else:
+            options |= {"causal": self.causal, "window": self.window}
+        with torch.autocast(q.device.type, enabled=False):  # q and k are what the product gets
+            stats = attention_entropy(q, k, rows=rows, **options)
         return replace(stats, max_raw_logit=stats.max_logit) if self.source == "softmax" else stats
 
     def padding(self, rows: Tensor, sequences: slice = _ALL) -> Tensor | None:

@@ -10,7 +10,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -171,11 +171,11 @@ def report_attention(module: nn.Module, q: Tensor, k: Tensor, **options: Any) ->
 
 
 def attention_modules(model: nn.Module) -> dict[str, str]:
-    """Modules that look like attention by their name: their paths, and the names of their classes."""
+    """Modules inside of a model that look like attention by their name: their paths, and the names of their classes."""
     return {
         path_in_model(name): type(module).__name__
         for name, module in model.named_modules()
-        if _is_attention(module, name)
+        if name and _is_attention(module, name)
     }
 
 
@@ -328,7 +328,9 @@ def _tap(function: Callable[..., Any], kind: arguments.Kind) -> Callable[..., An
         given = dict(zip(names, args, strict=False)) | options
         module, query, key, _, mask = (given.pop(name, None) for name in names)
         _show("interface", module, lambda _: arguments.of_interface(kind, module, query, key, mask, given))
-        with _inside():
+        # while a model runs uncompiled, flex attention still has to be compiled, or it would store all logits
+        flex = torch.compiler.set_stance("default") if kind == "flex" else nullcontext()
+        with _inside(), flex:
             return function(*args, **options)
 
     tapped._is_tap = True

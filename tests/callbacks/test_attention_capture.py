@@ -403,6 +403,26 @@ def test_old_style_code_that_indexes_the_interface(tmp_path, monkeypatch):
     del sys.modules["hub_model"]
 
 
+def test_flex_attention_stays_compiled_in_a_model_that_runs_uncompiled(monkeypatch):
+    stances = []
+
+    def flex(module, query, key, value, attention_mask, **options):
+        stances.append(torch._dynamo.eval_frame._stance.stance)
+        return query, None
+
+    class Layer(nn.Module):
+        def forward(self, q):
+            return AttentionInterface().get_interface("some_flex", None)(self, q, q, q, None)[0]
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "some_flex", flex)
+    layer, q = Layer(), torch.randn(1, 2, 3, 4)
+    with torch.compiler.set_stance("force_eager"):
+        calls, _ = see(layer, lambda: layer(q))
+        layer(q)
+    assert stances == ["default", "force_eager"]
+    assert calls[0].stats().visible_keys.unique().tolist() == [3]
+
+
 def test_attention_is_reported_by_hand():
     class Kernel(nn.Module):
         def forward(self, x):
