@@ -1,10 +1,10 @@
 """Time, peak memory and gradient error of the loss of a linear head, forward and backward, against its peers.
 
-    python benchmarks/linear_head.py --trained CACHE   # all cases of this device, under 15 minutes on two CPU cores
-    python benchmarks/linear_head.py --quick           # one small shape, for a smoke test
+    python benchmarks/linear_head.py --trained    # all cases of this device, under 15 minutes on two CPU cores
+    python benchmarks/linear_head.py --quick      # one small shape, for a smoke test
 
 The data are random numbers and, with ``--trained``, the hidden states of the CPU quickstart's model on held-out text;
-it is trained into the folder CACHE first, which takes two minutes more. Times come from interleaved rounds in one
+it is trained into a cache folder first, which takes two minutes more. Times come from interleaved rounds in one
 process; the memory of each contender from a process of its own. Nothing but the machine's own load should run beside
 it. ``report.py`` turns the JSON into tables and plots.
 """
@@ -22,7 +22,7 @@ from implementations import IMPLEMENTATIONS, NAIVE, Implementation, LossFunction
 from machine import describe, slug
 from measuring import interleaved_times, largest_error, relative_error, summary_ms, true_gradients
 from torch import Tensor
-from trained_head import trained_file
+from trained_head import CACHE, trained_file
 from trial import step, trial
 
 from litropy.losses import linear_cross_entropy
@@ -140,7 +140,8 @@ def run_case(case: Case, contenders: list[Implementation], device: str, rounds: 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trained", type=Path, metavar="CACHE", help="also measure a trained model, kept in CACHE")
+    trained = "also measure a trained model; the folder where it is kept (default: runs/benchmarks)"
+    parser.add_argument("--trained", type=Path, nargs="?", const=CACHE, metavar="CACHE", help=trained)
     parser.add_argument("--quick", action="store_true", help="small shapes and two rounds")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds of timing")
     parser.add_argument("--limit", type=float, default=90, help="seconds that a contender's trial may take")

@@ -63,7 +63,10 @@ def _one_table(benchmark: str, render: Callable[[Record], str]) -> Callable[[boo
 
 def compile_kernels(in_docs: bool) -> str:
     """The kernels on every target; which machine compiled them does not matter."""
-    record = json.loads((RESULTS / "compile_kernels.json").read_text())
+    path = RESULTS / "compile_kernels.json"
+    if not path.exists():
+        return _missing("compile_kernels")
+    record = json.loads(path.read_text())
     caption = f"Compiled by Triton {record['triton']}; where two values stand, with none / all of the options."
     return f"{caption}\n\n{tables.compile_kernels(record)}"
 

@@ -1,7 +1,7 @@
 """How much of a softmax a backward pass may leave out: the share of tiles that survive ``skip_tol``.
 
-    python benchmarks/survival.py CACHE                     # trains the CPU quickstart into CACHE first, 2 minutes
-    python benchmarks/survival.py CACHE --steps 180 1000    # a model that is trained for longer as well
+    python benchmarks/survival.py                     # trains the CPU quickstart first, 8 minutes on two cores
+    python benchmarks/survival.py --steps 180 5000    # models that are trained for longer
 
 Which tiles survive is what ``select_tiles`` says, the rule of the implementation. Tiles of one row always keep the tile
 of the target; for larger tiles the backward pass adds targets by themselves. The vocabulary stands in its own order, at
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from machine import describe, slug
 from torch import Tensor
-from trained_head import CONFIG, TrainedHead, config_steps, trained_file
+from trained_head import CACHE, CONFIG, TrainedHead, config_steps, trained_file
 
 from litropy.kernels.linear_head_skipping import select_tiles
 from litropy.kernels.linear_head_types import RowStats, Want
@@ -134,8 +134,8 @@ def _shares(rows: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     """Measure and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cache", type=Path, help="folder where the quickstart's model is trained and kept")
-    parser.add_argument("--steps", type=int, nargs="+", default=[config_steps()], help="training steps of each model")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder where models are trained and kept")
+    parser.add_argument("--steps", type=int, nargs="+", default=[config_steps(), 1000], help="training of each model")
     parser.add_argument("--tokens", type=int, default=4096, help="rows of hidden states")
     parser.add_argument("--output", type=Path, help="JSON file to write (default: results/survival_<machine>.json)")
     options = parser.parse_args()

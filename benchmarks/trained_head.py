@@ -18,6 +18,7 @@ from torch import Tensor
 from litropy.config_files import find_config
 
 CONFIG = "quickstart/pretrain_cpu.yaml"
+CACHE = Path("runs/benchmarks")
 WINDOW = 256
 
 

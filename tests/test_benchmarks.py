@@ -168,7 +168,7 @@ def test_survival_script(script, sharp_head, tmp_path, monkeypatch, capsys):
     (tmp_path / "cache" / "steps_7").mkdir(parents=True)
     sharp_head.rename(tmp_path / "cache" / "steps_7" / "head.safetensors")
     output = tmp_path / "survival.json"
-    arguments = [str(tmp_path / "cache"), "--steps", "7", "--tokens", "64", "--output", str(output)]
+    arguments = ["--cache", str(tmp_path / "cache"), "--steps", "7", "--tokens", "64", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", ["survival.py", *arguments])
     survival.main()
     record = json.loads(output.read_text())

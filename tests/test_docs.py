@@ -1,5 +1,9 @@
 """The pages agree with the code: links, the lists that they hold, and tables that come from results."""
 
+import ast
+import dataclasses
+import doctest
+import inspect
 import re
 import subprocess
 import sys
@@ -10,6 +14,8 @@ import pytest
 
 from litropy import callbacks
 from litropy.config_files import packaged_configs
+from litropy.kernels.compile_report import DTYPES, KERNELS, TARGETS
+from litropy.losses import HeadStats, linear_cross_entropy
 from litropy.testing import TINY_CAUSAL_LMS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,6 +72,58 @@ def test_tables_say_what_the_results_say():
     script = ROOT / "benchmarks" / "report.py"
     run = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def examples(page):
+    """The examples of a page, one after the other."""
+    return "\n".join(re.findall(r"^```pycon\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if examples(page)], ids=lambda page: page.name)
+def test_examples_run(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    test = doctest.DocTestParser().get_doctest(examples(page), {}, page.name, str(page), 0)
+    assert doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test).failed == 0, capsys.readouterr().out
+
+
+def test_every_option_of_the_loss_has_an_example():
+    options = set(inspect.signature(linear_cross_entropy).parameters) - {"input", "linear_weight", "target"}
+    assert not {name for name in options if f"{name}=" not in examples(DOCS / "losses.md")}
+
+
+def test_every_statistic_is_described():
+    first_cells = re.findall(r"^\| (`.*?) \|", section(DOCS / "losses.md", "## Statistics"), re.MULTILINE)
+    listed = re.findall(r"`(\w+)`", " ".join(first_cells))
+    assert sorted(listed) == sorted(field.name for field in dataclasses.fields(HeadStats))
+
+
+def rows_of(text):
+    """Cells of the rows of the tables in a text, without their headers."""
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return [line for line in lines if line[0] not in ("---", "feature")]
+
+
+def test_every_feature_is_tested():
+    """The table of features says yes where a test is named, and that test is there."""
+    page = DOCS / "comparison.md"
+    features, tests = page.read_text().split("## Where that is tested")
+    named = {feature: re.findall(r"`(tests/\S+?)::(\w+)`", cell) for feature, cell in rows_of(tests)}
+    assert [row[0] for row in rows_of(features) if row[1] in ("yes", "part")] == list(named)
+    for feature, places in named.items():
+        assert places, feature
+        for path, name in places:
+            tree = ast.parse((ROOT / path).read_text())
+            functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+            assert name in functions, f"{feature}: {path} has no {name}"
+
+
+def test_every_kernel_is_in_the_compiled_table_for_every_target():
+    wanted = [(kernel.__name__, dtype) for kernel in KERNELS for dtype in DTYPES.values()]
+    parts = re.split(r"^### (\w+)$", (DOCS / "compiled_kernels.md").read_text(), flags=re.MULTILINE)[1:]
+    assert parts[::2] == list(TARGETS)
+    for target, text in zip(parts[::2], parts[1::2], strict=True):
+        listed = [(row[0].strip("`"), row[1]) for row in rows_of(text) if row[0] != "kernel"]
+        assert listed == wanted, f"{target}: run python benchmarks/compile_kernels.py && python benchmarks/report.py"
 
 
 def test_images_of_results_are_there():
