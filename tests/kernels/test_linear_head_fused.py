@@ -55,8 +55,7 @@ def budget_for(rows, V, dtype):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize(("dtype", "softcap"), [(torch.float32, None), (torch.bfloat16, None), (torch.float32, 4.0)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradient_in_the_forward_pass(shape, softcap, dtype, impl, device):
     """In as many blocks as the rule for half precision allows."""

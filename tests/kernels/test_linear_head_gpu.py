@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from litropy.kernels.linear_head_reference import linear_head_reference
 from litropy.losses import linear_cross_entropy, linear_head_stats
 from litropy.testing import assert_within_budget
 
@@ -20,9 +21,19 @@ def run(input, weight, target, **options):
     return [loss, *torch.autograd.grad(loss, [input, weight])]
 
 
-def test_realistic_sizes_stay_within_budget():
+WAYS = {
+    "auto": {},
+    "lean": {"mode": "lean"},
+    "fast": {"mode": "fast", "memory_budget_mib": 256},
+    "in PyTorch": {"mode": "lean", "impl": "torch"},
+}
+SKIPPING = {"skip_tol": 1e-3}
+
+
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+def test_realistic_sizes_stay_within_budget(options):
     input, weight, target = problem(1024, 896, 50257)
-    ours = run(input, weight, target)
+    ours = run(input, weight, target, **options)
 
     def stored(dtype):
         leaves = [x.detach().to(dtype).requires_grad_() for x in (input, weight)]
@@ -35,10 +46,72 @@ def test_realistic_sizes_stay_within_budget():
         assert_within_budget(name, got, twin, truth)
 
 
-def test_same_bits_twice():
+@pytest.mark.parametrize("options", [*WAYS.values(), SKIPPING], ids=[*WAYS, "skipping"])
+def test_same_bits_twice(options):
     tensors = problem(3000, 512, 40000)
-    for first, second in zip(run(*tensors), run(*tensors), strict=True):
+    for first, second in zip(run(*tensors, **options), run(*tensors, **options), strict=True):
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("options", [WAYS["lean"], WAYS["fast"], SKIPPING], ids=["lean", "fast", "skipping"])
+def test_nothing_waits_for_the_device(options):
+    """Neither forward nor backward, with ignored rows, weights, smoothing and a number of items on the device."""
+    input, weight, target = problem(256, 128, 5000)
+    target[::3] = -100
+    options = options | {
+        "weight": torch.rand(5000, device="cuda"),
+        "token_weight": torch.rand(256, device="cuda"),
+        "num_items": (target >= 0).sum(),
+        "label_smoothing": 0.1,
+        "z_loss": 1e-4,
+    }
+    run(input, weight, target, **options)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(input, weight, target, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_skipping_saves_work_and_stays_within_its_bound():
+    """Rows that are sure of their token: few tiles survive, and gradients are off by what is stated."""
+    N, D, V = 512, 512, 50257
+    target = torch.randperm(4096, device="cuda")[:N]
+    input = torch.eye(N, D, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    weight = 0.02 * torch.randn(V, D, device="cuda")
+    weight[target, torch.arange(N, device="cuda")] += 25
+    weight = weight.bfloat16().requires_grad_()
+    options = {"reduction": "sum", "mode": "lean", "return_stats": ("skipped_mass", "surviving_share")}
+    loss, stats = linear_cross_entropy(input, weight, target, **(options | SKIPPING))
+    skipped = torch.autograd.grad(loss, [input, weight])
+    exact_loss = linear_cross_entropy(input, weight, target, reduction="sum", mode="lean")
+    exact = torch.autograd.grad(exact_loss, [input, weight])
+    assert stats.skipped_mass.max() <= 1e-3
+    assert stats.surviving_share.mean() < 0.2
+    torch.testing.assert_close(loss, exact_loss, rtol=1e-2, atol=1e-3)
+    bound = stats.skipped_mass * weight.detach().float().norm(dim=1).max() + 0.02 * exact[0].float().norm(dim=1)
+    assert ((skipped[0].float() - exact[0].float()).norm(dim=1) <= bound + 1e-3).all()
+    torch.testing.assert_close(skipped[1], exact[1], rtol=1e-2, atol=float(stats.skipped_mass.sum()) + 1e-3)
+
+
+def test_ranks_and_nuclei_of_realistic_sizes():
+    """Small integers, whose logits are exact in bfloat16, so that nothing depends on rounding but the mass."""
+    input = torch.randint(-1, 2, (256, 24), device="cuda").bfloat16()
+    weight = torch.randint(-1, 2, (50257, 24), device="cuda").bfloat16()
+    target = torch.randint(50257, (256,), device="cuda")
+    names = ("rank", "nucleus_entropy", "topk_entropy", "topk_mass", "argmax")
+    for nucleus in ("closed", "open"):
+        stats = linear_head_stats(
+            input, weight, target, temperature=2.0, stats=names, top_p=0.9, top_k=20, nucleus=nucleus
+        )
+        truth = linear_head_reference(
+            input.double(), weight.double(), None, target, temperature=2.0, top_p=0.9, top_k=20,
+            open_nucleus=nucleus == "open",
+        )  # fmt: skip
+        assert torch.equal(stats.rank, truth["rank"])
+        assert torch.equal(stats.argmax, truth["argmax"])
+        for name in ("nucleus_entropy", "topk_entropy", "topk_mass"):
+            torch.testing.assert_close(getattr(stats, name).double(), truth[name], rtol=1e-4, atol=1e-4)
 
 
 def test_memory_beyond_the_gradients():

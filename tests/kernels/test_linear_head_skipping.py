@@ -24,13 +24,17 @@ from litropy.testing import assert_within_budget
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
-V = 5 * 512 + 77
+
+def vocabulary(impl, dtype=torch.float32):
+    """Five tiles and a narrow one."""
+    return 5 * tile_of(impl, dtype)[1] + 61
 
 
-def confident(N=24, D=24, dtype=torch.float32, device="cpu", share=1.0, **options):
-    """Rows whose mass is nearly all on one entry, each of the first thousand; the last ones spread theirs."""
+def confident(impl="torch", N=24, D=24, dtype=torch.float32, device="cpu", share=1.0, **options):
+    """Rows whose mass is nearly all on one entry, each of the first two tiles; the last ones spread theirs."""
+    V = vocabulary(impl, dtype)
     problem = make_problem(N, D, V, dtype, device, bias=True, scale=0.3, **options)
-    target = torch.where(problem.target < 0, -1, problem.target % 1000)
+    target = torch.where(problem.target < 0, -1, torch.randperm(V // 3, device=device)[:N])
     sure = torch.arange(N, device=device) < share * N
     direction = torch.nn.functional.one_hot(torch.arange(N, device=device) % D, D).to(dtype)
     weight = problem.weight.clone()
@@ -41,7 +45,7 @@ def confident(N=24, D=24, dtype=torch.float32, device="cpu", share=1.0, **option
 def of_entries(kept, problem, impl):
     """Which entries each row keeps, [N, V]."""
     height, width = tile_of(impl, problem.dtype)
-    return kept.repeat_interleave(height, 0)[: len(problem.input)].repeat_interleave(width, 1)[:, :V]
+    return kept.repeat_interleave(height, 0)[: len(problem.input)].repeat_interleave(width, 1)[:, : len(problem.weight)]
 
 
 WANTS = {"loss": Want(), "entropy": Want(entropy=True), "varentropy": Want(varentropy=True)}
@@ -52,7 +56,7 @@ CASES += [(name, tolerance, torch.float32) for name in WANTS for tolerance in (1
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(("name", "tolerance", "dtype"), CASES)
 def test_no_row_loses_more_than_it_may(name, tolerance, dtype, impl, device):
-    problem = confident(dtype=dtype, device=device)
+    problem = confident(impl, dtype=dtype, device=device)
     stats, kept, _ = solve(problem, impl, WANTS[name], skip_tol=tolerance)
     valid = problem.target >= 0
     entries = of_entries(kept, problem, impl)
@@ -76,7 +80,7 @@ def test_no_row_loses_more_than_it_may(name, tolerance, dtype, impl, device):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_more_tolerance_skips_more(impl, device):
-    problem = confident(device=device)
+    problem = confident(impl, device=device)
     kept = [solve(problem, impl, Want(), skip_tol=tolerance)[1] for tolerance in (1e-6, 1e-3, 0.1, 0.9)]
     for less, more in pairwise(kept):
         assert not (more & ~less).any()
@@ -112,6 +116,7 @@ def test_the_error_is_what_the_skipped_entries_would_have_added(name, options, b
     if options.get("temperature") == "per row":
         options["temperature"] = 0.8 + torch.rand(24, dtype=torch.float64)
     if options.get("mean_weight") == "random":
+        V = vocabulary("torch")
         options["mean_weight"] = torch.rand(V, dtype=torch.float64) / V
     problem = confident(dtype=torch.float64, share=2 / 3, **options)
     want = Want(**{name: True}) if name in Want._fields else Want()
@@ -149,7 +154,7 @@ def through_probabilities(problem, name, g):
 @pytest.mark.parametrize("name", ["logprob", "lse", "mean_logprob", "entropy", "varentropy"])
 def test_the_error_of_every_row_has_its_bound(name, impl, device):
     """||error of dInput_n|| <= |g_n| skip_tol max ||w_v||, the entropy's included: its cost counts log p."""
-    problem, tolerance = confident(device=device), 0.02
+    problem, tolerance = confident(impl, device=device), 0.02
     want = Want(**{name: True}) if name in Want._fields else Want()
     g = torch.randn(24, device=device)
     stats, kept, lost = lost_gradients(problem, want, {name: g}, tolerance, impl)
@@ -170,7 +175,7 @@ def test_the_error_of_every_row_has_its_bound(name, impl, device):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_row_that_is_sure_keeps_its_z_loss(impl, device):
     """p_y near 1 makes p - 1 nearly nothing but not the gradient of lse, which is p at the target."""
-    problem = confident(device=device, ignored=False)
+    problem = confident(impl, device=device, ignored=False)
     problem = problem.but(weight=2 * problem.weight)
     stats, kept, leaves = solve(problem, impl, Want(), skip_tol=1e-3)
     assert kept.float().mean() < 0.5
@@ -201,7 +206,7 @@ def test_a_fresh_head_keeps_its_gradient(vocabulary, impl, device):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_keeping_everything_is_exact(impl, device):
     """So small a tolerance that no tile is light enough gives the gradients of none."""
-    problem = make_problem(20, 16, V, device=device)
+    problem = make_problem(20, 16, vocabulary(impl), device=device)
     stats, kept, leaves = solve(problem, impl, Want(), skip_tol=1e-9)
     assert of_entries(kept, problem, impl)[problem.target >= 0].all()
     exact, _, exact_leaves = solve(problem, impl, Want())
@@ -218,7 +223,7 @@ def test_keeping_everything_is_exact(impl, device):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_with_a_softcap_smoothing_keeps_everything(impl, device):
     """What smoothing adds to a skipped tile could not be had without its logits."""
-    problem = confident(device=device, softcap=20.0)
+    problem = confident(impl, device=device, softcap=20.0)
     smoothed, kept, leaves = solve(problem, impl, Want(mean_logprob=True), skip_tol=0.05)
     assert of_entries(kept, problem, impl)[problem.target >= 0].all()
     assert not smoothed.skipped_mass.any()
@@ -234,11 +239,12 @@ def test_with_a_softcap_smoothing_keeps_everything(impl, device):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_masked_tiles_are_skipped_for_free(impl, device):
     """Tiles whose every logit is -inf have no mass; with any tolerance they go, and nothing becomes NaN."""
-    problem = make_problem(9, 8, V, device=device, ignored=False)
-    bias = problem.bias.index_fill(0, torch.arange(512, 2048, device=device), -math.inf)
-    problem = problem.but(bias=bias, target=problem.target % 512)
+    width = tile_of(impl, torch.float32)[1]
+    problem = make_problem(9, 8, vocabulary(impl), device=device, ignored=False)
+    bias = problem.bias.index_fill(0, torch.arange(width, 4 * width, device=device), -math.inf)
+    problem = problem.but(bias=bias, target=problem.target % width)
     stats, kept, leaves = solve(problem, impl, Want(entropy=True), skip_tol=1e-9)
-    assert not of_entries(kept, problem, impl)[:, 512:2048].any()
+    assert not of_entries(kept, problem, impl)[:, width : 4 * width].any()
     assert not stats.skipped_mass.any()
     g = {"logprob": torch.randn(9, device=device), "entropy": torch.randn(9, device=device)}
     exact, _, exact_leaves = solve(problem, impl, Want(entropy=True))
@@ -249,7 +255,7 @@ def test_masked_tiles_are_skipped_for_free(impl, device):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_row_that_is_not_finite_keeps_everything(impl, device):
     """And shows its NaN in the gradient instead of hiding it in what was skipped."""
-    problem = confident(device=device, ignored=False)
+    problem = confident(impl, device=device, ignored=False)
     input = problem.input.clone()
     input[2, 3] = math.nan
     stats, kept, leaves = solve(problem.but(input=input), impl, Want(), skip_tol=0.1)
@@ -262,6 +268,7 @@ def test_a_row_that_is_not_finite_keeps_everything(impl, device):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("N", [0, 4])
 def test_nothing_to_skip(N, impl, device):
+    V = vocabulary(impl)
     problem = make_problem(N, 8, V, device=device)
     problem = problem.but(target=torch.full((N,), -1, device=device))
     stats, kept, leaves = solve(problem, impl, Want(mean_logprob=True), skip_tol=0.1)
