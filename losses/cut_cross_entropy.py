@@ -12,6 +12,7 @@ from litropy.kernels.linear_head_fused import RowLoss
 from litropy.kernels.linear_head_loss import linear_head_loss
 from litropy.kernels.linear_head_types import row_losses
 from litropy.losses.head_inputs import Impl, LowRank, prepare, resolve_impl
+from litropy.losses.head_passes import HeadPass, is_watched, show_pass, with_watched
 from litropy.losses.linear_head import HeadStats, check_stats, wanted
 from litropy.losses.modes import Mode, choose_mode
 
@@ -149,7 +150,8 @@ def linear_cross_entropy(
     assert rows.target is not None
     row_weight = _row_weights(rows.target, rows.class_weight, reduction, num_items, token_weight, rows.head.stats_dtype)
     loss = RowLoss(row_weight, rows.class_weight, label_smoothing, z_loss)
-    want = wanted(return_stats, mean_logprob=label_smoothing > 0)
+    names = with_watched(return_stats)
+    want = wanted(names, mean_logprob=label_smoothing > 0)
     budget = int(memory_budget_mib * 2**20)
     plan = Plan(resolve_impl(impl, rows.input.device, rows.dtype), rows.dtype, budget, skip_tol)
     if choose_mode(mode, rows, want, plan, reduction) == "fast":
@@ -158,6 +160,11 @@ def linear_cross_entropy(
         stats, _ = linear_head_rows(rows.input, rows.head, rows.target, want, plan, rows.shard, rows.main_grad)
         losses = row_weight * row_losses(stats, rows.class_weight, label_smoothing, z_loss)
         total = losses.view(target.shape) if reduction == "none" else losses.sum()
+    if is_watched(total):
+        found = HeadStats.of(stats, names, input.shape[:-1], detach=True)
+        labels = target.masked_fill(target == ignore_index, -1)
+        head = (linear_weight, linear_bias, softcap, temperature, low_rank, vocab_parallel_group)
+        show_pass(HeadPass(found, labels, input, *head, impl))
     if not return_stats:
         return total
     return total, HeadStats.of(stats, return_stats, input.shape[:-1], detach=True)

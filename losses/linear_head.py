@@ -11,6 +11,7 @@ from torch import Tensor
 from litropy.kernels.linear_head import Plan, linear_head_rows
 from litropy.kernels.linear_head_types import RowStats, Want
 from litropy.losses.head_inputs import Impl, LowRank, prepare, resolve_impl
+from litropy.losses.head_passes import HeadPass, is_watched, show_pass, with_watched
 
 __all__ = ["HeadStats", "check_stats", "linear_head_stats", "wanted"]
 
@@ -161,9 +162,14 @@ def linear_head_stats(
         low_rank=low_rank,
         group=vocab_parallel_group,
     )
-    want = wanted(stats, False, top_k or 0, top_p or 0.0, nucleus == "open")
+    names = with_watched(stats, target is not None)
+    want = wanted(names, False, top_k or 0, top_p or 0.0, nucleus == "open")
     plan = Plan(resolve_impl(impl, input.device, rows.dtype), rows.dtype, _BUDGET)
     result, _ = linear_head_rows(rows.input, rows.head, rows.target, want, plan, rows.shard, rows.main_grad)
+    if is_watched(result.lse):
+        found = HeadStats.of(result, names, input.shape[:-1], detach=True)
+        head = (linear_weight, linear_bias, softcap, temperature, low_rank, vocab_parallel_group)
+        show_pass(HeadPass(found, target, input, *head, impl))
     return HeadStats.of(result, stats, input.shape[:-1])
 
 
