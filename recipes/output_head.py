@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from litropy.callbacks.logit_transforms import logit_transforms
 from litropy.recipes.lora_head import active_head
 
 __all__ = ["OutputHead", "find_output_head", "inner_causal_lm"]
@@ -81,20 +82,6 @@ def _refuse(model: nn.Module, why: str) -> ValueError:
         f"{type(model).__name__} is not supported: {why}. Its loss would be wrong without its logits."
         " Choose another architecture, or train it with its own loss."
     )
-
-
-def _candidates(config: Any, width: int) -> list[tuple[float | None, float]]:
-    """Pairs (softcap, scale) that the config's numbers allow, the plain head first."""
-
-    def positive(*names: str) -> list[float]:
-        values = [getattr(config, name, None) for name in names]
-        return [float(value) for value in values if isinstance(value, int | float) and value > 0]
-
-    caps = positive("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
-    factors = positive("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier_scale")
-    base_widths = positive("dim_model_base")
-    scales = [1.0, *factors, *(1 / factor for factor in factors), *(base / width for base in base_widths)]
-    return [(cap, scale) for cap in (None, *caps) for scale in dict.fromkeys(scales)]
 
 
 @contextmanager
@@ -168,7 +155,7 @@ def find_output_head(model: Any) -> OutputHead:
     if "get_decoder" in dir(model):
         backbones.append(model.get_decoder())
     config = model.config.get_text_config()
-    candidates = _candidates(config, weight.shape[1])
+    candidates = logit_transforms(config, weight.shape[1])
     bound = 2 * max([30.0, *(cap for cap, _ in candidates if cap)])
     tokens = torch.arange(3, device=weight.device)[None] % weight.shape[0]
     # distinct, exactly representable numbers that also reach far into the flat part of a softcap
