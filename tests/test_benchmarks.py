@@ -1,8 +1,10 @@
 """The benchmark scripts measure what they say, and the report shows what they recorded."""
 
 import csv
+import dataclasses
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -126,6 +128,54 @@ def test_linear_head_case(script, sharp_head):
     assert "StopIteration" in reasons["unknown to the child"]
 
 
+@pytest.fixture
+def run_main(monkeypatch):
+    """Run a script's ``main`` with arguments; it may change the environment, which comes back afterwards."""
+
+    def run(module, *arguments):
+        if "TRITON_INTERPRET" in os.environ:
+            monkeypatch.setenv("TRITON_INTERPRET", os.environ["TRITON_INTERPRET"])
+        monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
+        module.main()
+
+    return run
+
+
+def cache_with(sharp_head, steps, tmp_path):
+    """A cache folder in which the model has been trained already."""
+    folder = tmp_path / "cache" / f"steps_{steps}"
+    folder.mkdir(parents=True)
+    sharp_head.rename(folder / "head.safetensors")
+    return folder.parent
+
+
+def test_linear_head_script(script, sharp_head, tmp_path, monkeypatch, run_main):
+    linear_head, implementations = script("linear_head"), script("implementations")
+    monkeypatch.setattr(linear_head, "IMPLEMENTATIONS", [implementations.named(implementations.NAIVE)])
+    cache, output = cache_with(sharp_head, script("trained_head").config_steps(), tmp_path), tmp_path / "out.json"
+    run_main(linear_head, "--quick", "--device", "cpu", "--trained", cache, "--output", output)
+    record = json.loads(output.read_text())
+    assert [(case["data"], case["dtype"], case["vocabulary"]) for case in record["cases"]] == [
+        ("trained", "float32", 2048),
+        ("trained", "bfloat16", 2048),
+        ("random", "float32", 4096),
+    ]
+    assert all(len(case["results"]) == 1 for case in record["cases"])
+    assert record["machine"]["device"] == "cpu"
+
+
+def test_compile_kernels_script(script, tmp_path, monkeypatch, run_main):
+    from litropy.kernels import compile_report
+
+    row = compile_report.CompiledKernel("sm_90", "a_kernel", "bfloat16", "none", 64, 0, 1024, "wgmma", "TMA")
+    rows = [row, dataclasses.replace(row, options="all", registers=128)]
+    monkeypatch.setattr(compile_report, "compile_report", lambda: iter(rows))
+    run_main(script("compile_kernels"), "--output", tmp_path / "compile.json")
+    table = script("tables").compile_kernels(json.loads((tmp_path / "compile.json").read_text()))
+    assert "A program may use 232,448 bytes of shared memory." in table
+    assert "| `a_kernel` | bf16 | 64 / 128 | 0 | 1024 | wgmma | TMA |" in table
+
+
 def test_a_trial_is_given_up_in_time(script):
     case = script("cases").Case(8, 8, 8, "float32")
     found = script("trial").trial(case, "litropy", "cpu", limit=0.01)
@@ -163,14 +213,10 @@ def test_survival_of_a_sharp_and_of_a_flat_softmax(script, sharp_head):
     assert share["sharp"]["mean probability", (128, 128), 1e-2] < share["sharp"]["random", (128, 128), 1e-2]
 
 
-def test_survival_script(script, sharp_head, tmp_path, monkeypatch, capsys):
-    survival = script("survival")
-    (tmp_path / "cache" / "steps_7").mkdir(parents=True)
-    sharp_head.rename(tmp_path / "cache" / "steps_7" / "head.safetensors")
+def test_survival_script(script, sharp_head, tmp_path, capsys, run_main):
     output = tmp_path / "survival.json"
-    arguments = ["--cache", str(tmp_path / "cache"), "--steps", "7", "--tokens", "64", "--output", str(output)]
-    monkeypatch.setattr(sys, "argv", ["survival.py", *arguments])
-    survival.main()
+    cache = cache_with(sharp_head, 7, tmp_path)
+    run_main(script("survival"), "--cache", cache, "--steps", 7, "--tokens", 64, "--output", output)
     record = json.loads(output.read_text())
     assert [case["data"] for case in record["cases"]] == ["7 steps", "random"]
     assert [case["tokens"] for case in record["cases"]] == [64, 64]
