@@ -32,6 +32,11 @@ _TENSORS = 2 + _ATTENTION - 4  # q, rows, and what is not a number of ``Attentio
 _SAVED = ("entropy", "max_logit", "p_max", "p_sink")
 
 
+def _full_precision(q: Tensor) -> torch.autocast:
+    """Autocast reaches into operators, and would round logits to its dtype."""
+    return torch.autocast(q.device.type, enabled=False)
+
+
 @custom_op(
     "litropy::attention_entropy",
     mutates_args=(),
@@ -42,12 +47,11 @@ def _stats(q: Tensor, rows: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     attention, impl, wrong = Attention(*rest[:_ATTENTION]), rest[-1], None
     if rows is not None:
         rows, wrong = check_rows(rows, q.shape[2])
+    compute = row_stats
     if impl == "triton":
-        from litropy.kernels.attention_entropy_triton import row_stats as triton_row_stats
-
-        stats = triton_row_stats(q, attention, rows)
-    else:
-        stats = row_stats(q, attention, rows)
+        from litropy.kernels.attention_entropy_triton import row_stats as compute
+    with _full_precision(q):
+        stats = compute(q, attention, rows)
     if wrong is not None:
         stats = RowStats(*(x.masked_fill(wrong[:, None], torch.nan) for x in stats))
     return tuple(stats)
@@ -73,15 +77,12 @@ def _gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     d_q, d_k, d_sinks = _gradient_buffers(q, attention, need)
     d_rows = torch.zeros((*entropy.shape, q.shape[3]), dtype=entropy.dtype, device=q.device) if need[0] else None
     terms = RowTerms(entropy, max_logit, p_max.log(), g_entropy, g_lse)
-    inputs = (q, attention, rows, terms, d_rows, d_k if need[1] else None)
-    if not (need[0] or need[1]):
-        pass
-    elif impl == "triton":
-        from litropy.kernels.attention_entropy_triton import row_gradients as triton_row_gradients
-
-        triton_row_gradients(*inputs)
-    else:
-        row_gradients(*inputs)
+    compute = row_gradients
+    if impl == "triton":
+        from litropy.kernels.attention_entropy_triton import row_gradients as compute
+    if need[0] or need[1]:
+        with _full_precision(q):
+            compute(q, attention, rows, terms, d_rows, d_k if need[1] else None)
     if d_rows is not None:
         _add_rows(d_q, rows, d_rows.to(q.dtype))
     if need[2]:
@@ -185,7 +186,8 @@ def attention_entropy(
             capped. It counts in entropy and lse, and as an outcome in the normalised entropy.
         rows: which queries, [R] for the whole batch or [B, R], int64, repetitions allowed; None for all. Sorted rows
             are faster where attention is causal.
-        impl: ``"auto"`` takes Triton on a GPU, PyTorch on a CPU.
+        impl: ``"auto"`` takes Triton on a GPU, PyTorch on a CPU. Both form logits in float32 (float64 for float64
+            inputs), under autocast too.
 
     Returns:
         Float32 tensors [B, H, R] (float64 for float64 inputs): see ``AttentionStats``. Rows that see no key have 0 in

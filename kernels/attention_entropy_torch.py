@@ -93,7 +93,7 @@ def _visible(rows: _Rows, attention: Attention, keys: slice, bias: Tensor | None
         seen = both(seen, j <= p)
     if a.window and keys.start <= rows.most - a.window:
         seen = both(seen, j > p - a.window)
-    if a.window and keys.stop - 1 >= rows.least + a.window:
+    if a.window and not a.causal and keys.stop - 1 >= rows.least + a.window:
         seen = both(seen, j < p + a.window)
     if a.prefix is not None and seen is not None:
         seen = seen | (j < a.prefix[:, None, None, None])

@@ -480,6 +480,17 @@ def test_opcheck(impl, device):
     torch.library.opcheck(torch.ops.litropy.attention_entropy, arguments)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast_rounds_nothing(impl, device):
+    q, k = problem((1, 2, 1, 20, 30, 16), device=device, scale=3.0)
+    cotangents = {name: torch.randn(1, 2, 20, device=device) for name in DIFFERENTIABLE}
+    expected, expected_gradients = run(attention_entropy, q, k, {"impl": impl}, cotangents)
+    with torch.autocast(device.type, torch.bfloat16):
+        got, gradients = run(attention_entropy, q, k, {"impl": impl}, cotangents)
+    assert all(torch.equal(getattr(got, name), getattr(expected, name)) for name in FIELDS)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected_gradients, strict=True))
+
+
 def test_only_one_of_the_gradients():
     q, k = problem((1, 2, 1, 5, 6, 4))
     for leaf in (q, k):
