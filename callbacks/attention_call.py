@@ -95,8 +95,7 @@ class AttentionCall:
             q, rows = q.index_select(2, rows), None
         else:
             options |= {"causal": self.causal, "window": self.window}
-        with torch.autocast(q.device.type, enabled=False):  # q and k are what the product gets
-            stats = attention_entropy(q, k, rows=rows, **options)
+        stats = attention_entropy(q, k, rows=rows, **options)
         return replace(stats, max_raw_logit=stats.max_logit) if self.source == "softmax" else stats
 
     def padding(self, rows: Tensor, sequences: slice = _ALL) -> Tensor | None:
