@@ -22,6 +22,7 @@ from litropy.kernels.linear_head_operands import (
     gradient_buffers,
     returned,
     wanted_gradients,
+    without_autocast,
 )
 from litropy.kernels.linear_head_skipping import select_tiles, tile_of
 from litropy.kernels.linear_head_sums import finish_sums, reduce_sums
@@ -66,6 +67,7 @@ def _unpack(
     schema=f"(Tensor input, {HEAD_SCHEMA}, Tensor? target, {_WANT_SCHEMA}, {_SHARD_SCHEMA}, {_PLAN_SCHEMA},"
     f" Tensor? master) -> ({STATS_SCHEMA}, Tensor)",
 )
+@without_autocast
 def _rows(*arguments: Any) -> tuple[Tensor, ...]:
     input, head, target, want, shard, plan = _unpack(arguments)
     if not shard.group:
@@ -142,6 +144,7 @@ _SAVED = (
     f" Tensor? target, {', '.join(f'Tensor {name}' for name in _SAVED)}, Tensor kept, bool[] need, str group,"
     f" {_PLAN_SCHEMA}, Tensor(a!)? master) -> (Tensor, Tensor, Tensor, Tensor)",
 )
+@without_autocast
 def _rows_backward(*arguments: Any) -> tuple[Tensor, ...]:
     g, input, head, target, stats, kept, need, group_name, plan, master = _unpack_backward(arguments)
     gradients = gradient_buffers(input, head, need)

@@ -21,6 +21,7 @@ from litropy.kernels.linear_head_operands import (
     gradient_buffers,
     returned,
     wanted_gradients,
+    without_autocast,
 )
 from litropy.kernels.linear_head_types import Head, RowStats, Want, loss_cotangents, row_losses
 
@@ -49,6 +50,7 @@ def _unpack(
     schema=f"(Tensor input, {HEAD_SCHEMA}, Tensor target, {_LOSS_SCHEMA}, {_WANT_SCHEMA}, bool[] need, str impl,"
     f" ScalarType dtype, int budget) -> (Tensor, {STATS_SCHEMA}, Tensor, Tensor, Tensor, Tensor)",
 )
+@without_autocast
 def _loss(*arguments: Any) -> tuple[Tensor, ...]:
     input, head, target, loss, want, need, impl, dtype, budget = _unpack(arguments)
     check_target(target, head.weight.shape[0])

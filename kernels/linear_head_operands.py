@@ -3,12 +3,16 @@
 Shape key: N rows, D width, V vocabulary.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from litropy.kernels.linear_head_types import Gradients, Head, RowStats
 
-__all__ = ["HEAD_SCHEMA", "STATS_SCHEMA", "check_target", "gradient_buffers", "returned", "wanted_gradients"]
+__all__ = ["HEAD_SCHEMA", "STATS_SCHEMA", "check_target", "gradient_buffers", "returned", "wanted_gradients", "without_autocast"]
 
 # a schema is written out once and not inferred, so that operators can take and return the fields of a named tuple
 HEAD_SCHEMA = (
@@ -16,6 +20,18 @@ HEAD_SCHEMA = (
     " Tensor? row_inv_temperature, float inv_temperature, float softcap"
 )
 STATS_SCHEMA = ", ".join(["Tensor"] * len(vars(RowStats())))
+
+
+def without_autocast(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator whose dtypes are its own: autocast reaches into it and would round float32 products."""
+
+    @functools.wraps(operator)
+    def run(*arguments: Any, **named: Any) -> Any:
+        device = next(x for x in (*arguments, *named.values()) if isinstance(x, Tensor)).device.type
+        with torch.autocast(device, enabled=False):
+            return operator(*arguments, **named)
+
+    return run
 
 
 def check_target(target: Tensor | None, vocabulary: int) -> None:

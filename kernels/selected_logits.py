@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from litropy.kernels.linear_head_operands import without_autocast
 from litropy.kernels.linear_head_tiles import ranges
 
 __all__ = ["selected_logits"]
@@ -25,6 +26,7 @@ def _blocks(ids: Tensor, weight: Tensor) -> Any:
 
 
 @custom_op("litropy::selected_logits", mutates_args=())
+@without_autocast
 def selected_logits(input: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
     """``input_n . weight[ids_nk]`` in float32 (float64 for a float64 weight), [N, K].
 
@@ -52,6 +54,7 @@ def _(input: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
 
 
 @custom_op("litropy::selected_logits_backward", mutates_args=())
+@without_autocast
 def _backward(
     g: Tensor, input: Tensor, weight: Tensor, ids: Tensor, need_input: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor]:

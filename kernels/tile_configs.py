@@ -36,7 +36,7 @@ def tile_config(dtype: torch.dtype, backend: str = "cuda", tma: bool = False, he
 
 def _config(dtype: torch.dtype, backend: str, tma: bool) -> TileConfig:
     if dtype == torch.float32:  # no tensor cores at full precision: small tiles keep the accumulators in registers
-        return TileConfig(64, 64, 32, num_warps=4, num_stages=2)
+        return TileConfig(64, 64, 32, num_warps=8 if tma else 4, num_stages=2)
     if tma:  # 128 bytes of a row at a time, the widest swizzle
         return TileConfig(128, 128, 64, num_warps=8, num_stages=3)
     return TileConfig(128, 128, 32, num_warps=8, num_stages=2 if backend == "hip" else 4)

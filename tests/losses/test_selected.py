@@ -71,3 +71,12 @@ def test_frozen_weight_and_compiled_code():
 def test_wrong_ids(ids, message):
     with pytest.raises(ValueError, match=message):
         linear_head_logprobs(torch.randn(4, 9, 12), torch.randn(57, 12), ids)
+
+
+def test_autocast_rounds_no_sum():
+    """Only the products are in half precision, as if input and weight had been cast before."""
+    h, w = torch.randn(50, 16), torch.randn(700, 16)
+    ids = torch.randint(700, (50, 3))
+    expected = linear_head_logprobs(h.bfloat16(), w.bfloat16(), ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(linear_head_logprobs(h, w, ids), expected)
