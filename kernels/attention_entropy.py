@@ -128,7 +128,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _autograd(ctx: Any, g_entropy: Tensor | None, g_lse: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    stats, inputs = ctx.saved_tensors[: len(_SAVED)], ctx.saved_tensors[len(_SAVED) :]
+    saved = ctx.saved_tensors  # once: under checkpointing they can be unpacked no more often
+    stats, inputs = saved[: len(_SAVED)], saved[len(_SAVED) :]
     need = [ctx.needs_input_grad[i] for i in (0, 2, 3)]  # q, k, sinks
     d_q, d_k, d_sinks = _gradients(g_entropy, g_lse, *stats, need, *inputs, *ctx.options)
     found = [x if wanted else None for x, wanted in zip((d_q, d_k, d_sinks), need, strict=True)]
