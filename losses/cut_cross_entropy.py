@@ -201,6 +201,11 @@ def _check_stats(names: Sequence[str], skip_tol: float) -> None:
     for name in names:
         if name in ("nucleus_entropy", "topk_entropy", "topk_mass"):
             raise ValueError(f"`return_stats` asks for {name}, which has options of its own: use `linear_head_stats`.")
+        if name in ("skipped_mass", "surviving_share") and not skip_tol:
+            raise ValueError(
+                f"`return_stats` asks for {name}, but `skip_tol` is {skip_tol}: nothing is skipped. Leave it out, or"
+                " say how much may be."
+            )
         if name == "rank" and skip_tol:
             raise ValueError(
                 "`return_stats` asks for rank and `skip_tol` is positive: the pass that ranks logits records no tiles"

@@ -47,6 +47,8 @@ LOSS = [
     ({"num_items": torch.ones((), requires_grad=True)}, "requires no gradient"),
     ({"return_stats": ("perplexity",)}, "'perplexity' is no row statistic; there are logprob, entropy"),
     ({"return_stats": ("nucleus_entropy",)}, "has options of its own: use `linear_head_stats`"),
+    ({"return_stats": ("skipped_mass",)}, "asks for skipped_mass, but `skip_tol` is 0.0: nothing is skipped"),
+    ({"return_stats": ("surviving_share",)}, "nothing is skipped"),
     ({"return_stats": ("rank",), "skip_tol": 1e-3}, "rank and `skip_tol` is positive"),
     ({"memory_budget_mib": 0}, "`memory_budget_mib` is 0; it must be positive"),
 ]
