@@ -12,7 +12,15 @@ from torch import Tensor
 
 from litropy.kernels.linear_head_types import Gradients, Head, RowStats
 
-__all__ = ["HEAD_SCHEMA", "STATS_SCHEMA", "check_target", "gradient_buffers", "returned", "wanted_gradients", "without_autocast"]
+__all__ = [
+    "HEAD_SCHEMA",
+    "STATS_SCHEMA",
+    "check_target",
+    "gradient_buffers",
+    "returned",
+    "wanted_gradients",
+    "without_autocast",
+]
 
 # a schema is written out once and not inferred, so that operators can take and return the fields of a named tuple
 HEAD_SCHEMA = (
