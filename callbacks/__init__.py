@@ -6,6 +6,7 @@ from litropy.callbacks.curves import Curves
 from litropy.callbacks.hugging_face_folder import HuggingFaceFolder
 from litropy.callbacks.last_checkpoint import LastCheckpoint
 from litropy.callbacks.metrics_file import MetricsFile
+from litropy.callbacks.output_entropy_monitor import OutputEntropyMonitor
 from litropy.callbacks.progress_bar import StepProgressBar
 from litropy.callbacks.representation_collapse_monitor import RepresentationCollapseMonitor
 from litropy.callbacks.run_report import RunReport
@@ -19,6 +20,7 @@ __all__ = [
     "HuggingFaceFolder",
     "LastCheckpoint",
     "MetricsFile",
+    "OutputEntropyMonitor",
     "RepresentationCollapseMonitor",
     "RunReport",
     "SigmaReparam",
