@@ -88,6 +88,8 @@ def select_tiles(
     kept = torch.ones((-(-N // height), T), dtype=torch.bool, device=log_mass.device)
     tolerance = skip_tol / (1 if group is None else dist.get_world_size(group))
     power = 2 if want.varentropy else int(want.entropy)
+    # half of what a tile holds where all entries are equally likely: a near-uniform row gives nothing up
+    ordinary = 0.5 * width / max(1, vocabulary * (1 if group is None else dist.get_world_size(group)))
     step = max(1, budget // (64 * max(1, T)) // height)
     for blocks in ranges(len(kept), step):
         rows = slice(blocks.start * height, min(N, blocks.stop * height))
@@ -95,11 +97,13 @@ def select_tiles(
         if target is not None:
             share = share.masked_fill((target[rows] < 0)[:, None], 0)
         cost = share
-        if power:
-            bound = math.log(width) - share.clamp_min(torch.finfo(share.dtype).tiny).log() + stats.entropy[rows, None]
-            cost = share * bound.clamp_min(1) ** power
         if narrow := vocabulary % width:
             cost = torch.cat([cost[:, :-1], cost[:, -1:] * (width / narrow)], 1)
+        is_ordinary = cost >= ordinary
+        if power:
+            bound = math.log(width) - share.clamp_min(torch.finfo(share.dtype).tiny).log() + stats.entropy[rows, None]
+            cost = cost * bound.clamp_min(1) ** power
+        cost = cost.masked_fill(is_ordinary, torch.inf)
         if height > 1:
             missing = (blocks.stop - blocks.start) * height - len(cost)
             cost = F.pad(cost, (0, 0, 0, missing)).unflatten(0, (-1, height)).amax(1)

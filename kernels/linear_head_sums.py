@@ -2,10 +2,12 @@
 
 Centred at the running maximum m, with u = z - m::
 
-    s = sum exp u    t = sum u exp u    t2 = sum u^2 exp u    b = sum exp 2u    bt = sum u exp 2u    r = sum c u
+    s = sum exp u    t = sum u exp u    b = sum exp 2u    bt = sum u exp 2u    r = sum c u
+    t2 = sum (u - t / s)^2 exp u
 
 Two sets of sums merge by moving both to the greater maximum and adding, in any order: a tile at a time, shares of the
-vocabulary of one GPU, or shards on several ranks. README.md in this folder has the derivation.
+vocabulary of one GPU, or shards on several ranks. t2 is central, since a difference of raw moments would lose digits:
+with the means of the parts it gains ``sum_i s_i (t_i / s_i - t / s)^2``. README.md in this folder has the derivation.
 
 Shape key: n rows, S parts of the vocabulary.
 """
@@ -67,7 +69,7 @@ class Sums:
         d = (m_old - centre).masked_fill(m_old == -math.inf, 0.0)
         decay = d.exp()
         if self.t2.numel():
-            self.t2[rows] = decay * (self.t2[rows] + d * (2 * self.t[rows] + d * s))
+            self.t2[rows] = decay * self.t2[rows]
         if self.t.numel():
             self.t[rows] = decay * (self.t[rows] + d * s)
         if self.bt.numel():
@@ -80,9 +82,13 @@ class Sums:
         self.m[rows] = m
         return centre
 
+    def mean(self) -> Tensor:
+        """Mean of u under the softmax, 0 where there is no mass."""
+        return (self.t / self.s).masked_fill(self.s == 0, 0.0)
+
     def additive(self) -> list[Tensor]:
         """The fields that add up once they share a centre."""
-        fields = (self.s, self.t, self.t2, self.b, self.bt, self.r, self.z_target, self.found)
+        fields = (self.s, self.t, self.b, self.bt, self.r, self.z_target, self.found)
         return [x for x in fields if x.numel()]
 
 
@@ -98,7 +104,10 @@ def merge_sums(parts: Sums, seen: Tensor) -> Sums:
         parts.argmax = parts.argmax.gather(0, parts.m.argmax(0, keepdim=True))[0]
     parts.move(slice(None), parts.m.amax(0).expand_as(parts.m), seen)
     summed = {name: x.sum(0) for name, x in vars(parts).items() if x.ndim > 1}
-    return Sums(**(vars(parts) | summed | {"m": parts.m[0]}))
+    merged = Sums(**(vars(parts) | summed | {"m": parts.m[0]}))
+    if merged.t2.numel():
+        merged.t2 += (parts.s * (parts.mean() - merged.mean()).square()).sum(0)
+    return merged
 
 
 def reduce_sums(sums: Sums, group: dist.ProcessGroup, seen: float | Tensor, offset: Tensor) -> None:
@@ -122,9 +131,14 @@ def reduce_sums(sums: Sums, group: dist.ProcessGroup, seen: float | Tensor, offs
     sums.move(slice(None), m, seen)
     fields = sums.additive()
     total = torch.stack(fields)
+    if sums.t2.numel():  # as a raw moment it adds up too, and float64 has the digits for it
+        raw = sums.t2.double() + sums.s.double() * sums.mean().double().square()
+        total = torch.cat([total.double(), raw[None]])
     dist.all_reduce(total, dist.ReduceOp.SUM, group)
-    for mine, whole in zip(fields, total, strict=True):
+    for mine, whole in zip(fields, total, strict=False):
         mine.copy_(whole)
+    if sums.t2.numel():
+        sums.t2.copy_((total[-1] - total[1].square() / total[0]).clamp_min(0))
 
 
 def finish_sums(sums: Sums, target: Tensor | None, mean_total: float | Tensor, want: Want) -> RowStats:
@@ -140,7 +154,7 @@ def finish_sums(sums: Sums, target: Tensor | None, mean_total: float | Tensor, w
         max_logprob=-log_s,
         entropy=entropy if want.entropy or want.varentropy else empty,
         mean_logprob=sums.r - mean_total * log_s if want.mean_logprob else empty,
-        varentropy=(sums.t2 / sums.s - mean_u.square()).clamp_min(0) if want.varentropy else empty,
+        varentropy=sums.t2 / sums.s if want.varentropy else empty,
         collision=sums.b / sums.s.square() if want.collision else empty,
         entropy_drift=(sums.bt - mean_u * sums.b) / sums.s.square() if want.entropy_drift else empty,
         argmax=sums.argmax,

@@ -55,7 +55,8 @@ def add_tile(
     centre = sums.move(rows, torch.maximum(m_old, top), seen)
     torch.sub(z, centre[:, None], out=u)
     torch.exp(u, out=e)
-    sums.s[rows] += e.sum(-1)
+    mass, before = e.sum(-1), sums.s[rows].clone()
+    sums.s[rows] += mass
     if sums.r.numel():
         if head.mean_weight is None:
             sums.r[rows] += u.sum(-1) / V
@@ -67,11 +68,15 @@ def add_tile(
     if sums.t.numel():
         u.clamp_(min=_NO_PROBABILITY)
         ue = u * e if sums.t2.numel() else torch.mul(u, e, out=u)
-        sums.t[rows] += ue.sum(-1)
+        moment = ue.sum(-1)
         if sums.bt.numel():
             sums.bt[rows] += (ue * e).sum(-1)
         if sums.t2.numel():
-            sums.t2[rows] += u.mul_(ue).sum(-1)
+            mean = (moment / mass).masked_fill(mass == 0, 0)
+            distance = (mean - sums.t[rows] / before).masked_fill((before == 0) | (mass == 0), 0)
+            sums.t2[rows] += u.sub_(mean[:, None]).square_().mul_(e).sum(-1)
+            sums.t2[rows] += distance.square() * (before * (mass / sums.s[rows])).masked_fill(before == 0, 0)
+        sums.t[rows] += moment
     return centre
 
 

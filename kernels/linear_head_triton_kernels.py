@@ -118,9 +118,16 @@ def _merge(
             seen += tl.sum(tl.where(v < V, 1.0, 0.0), 0) / V
     if WANT_T:
         u = tl.maximum(u, _NO_PROBABILITY)
+        moment = tl.sum(u * e, 1)
+        t = decay * (t + shift * s)
         if WANT_T2:
-            t2 = decay * (t2 + shift * (2.0 * t + shift * s)) + tl.sum(u * (u * e), 1)
-        t = decay * (t + shift * s) + tl.sum(u * e, 1)
+            # central: a difference of raw moments would lose digits
+            before = decay * s
+            mean = tl.where(mass == 0.0, 0.0, moment / mass)
+            distance = tl.where((before == 0.0) | (mass == 0.0), 0.0, mean - t / before)
+            t2 = decay * t2 + tl.sum((u - mean[:, None]) * (u - mean[:, None]) * e, 1)
+            t2 += distance * distance * tl.where(before == 0.0, 0.0, before * (mass / (before + mass)))
+        t += moment
     if WANT_BT:
         bt = decay * decay * (bt + shift * b) + tl.sum(u * e * e, 1)
     if WANT_B:

@@ -45,8 +45,8 @@ class Head(NamedTuple):
         return [(slice(0, D), self.weight), *low_rank]
 
     def to(self, dtype: torch.dtype) -> Self:
-        """The head with its matrices in the dtype of the products."""
-        bias, low_rank = (None if x is None else x.to(dtype) for x in (self.bias, self.low_rank))
+        """The head with its matrices in the dtype of the products, the small ones contiguous."""
+        bias, low_rank = (None if x is None else x.to(dtype).contiguous() for x in (self.bias, self.low_rank))
         return self._replace(weight=self.weight.to(dtype), bias=bias, low_rank=low_rank)
 
     def of_rows(self, rows: Tensor | slice) -> Self:
