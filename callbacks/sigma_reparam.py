@@ -132,11 +132,6 @@ class SigmaReparam(Callback):
         if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
             name = type(trainer.strategy).__name__
             raise ValueError(f"SigmaReparam needs whole matrices, which {name} flattens; use ModelParallelStrategy.")
-        if any(self in getattr(callback, "actions", ()) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-            raise ValueError(
-                "SigmaReparam cannot act on an alarm, because it changes the model before training; pass it to"
-                " `Trainer(callbacks=[...])`."
-            )
         configure_model = pl_module.configure_model
 
         def configure_and_insert() -> None:

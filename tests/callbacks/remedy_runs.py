@@ -5,9 +5,11 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from transformers import AutoModelForCausalLM, OPTConfig
+
+from litropy.callbacks.collapse_alarm import Alarm
 
 V = T = D = 64
 HEADS = 4
@@ -91,6 +93,24 @@ class TinyLM(LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), self.learning_rate, betas=(0.9, 0.95), eps=self.eps)
+
+
+CRITICAL = Alarm(0, 2, "attention_entropy", 0, 0, "")
+
+
+class Alarms(Callback):
+    """Stands for the detector: lets its actions act at some steps."""
+
+    def __init__(self, actions, steps, alarm=CRITICAL):
+        self.actions, self.steps, self.alarm = actions, steps, alarm
+
+    def setup(self, trainer, module, stage):
+        trainer.callbacks.extend(self.actions)
+
+    def on_train_batch_end(self, trainer, module, *_):
+        if trainer.global_step - 1 in self.steps:
+            for action in self.actions:
+                action.act(self.alarm, trainer, module)
 
 
 def make_trainer(callbacks, steps, **options):
