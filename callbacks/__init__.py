@@ -3,27 +3,37 @@
 from litropy.callbacks.attention_entropy_monitor import AttentionEntropyMonitor
 from litropy.callbacks.collapse_detector import CollapseDetector
 from litropy.callbacks.curves import Curves
+from litropy.callbacks.entropy_regularizer import AttentionEntropyRegularizer
 from litropy.callbacks.hugging_face_folder import HuggingFaceFolder
 from litropy.callbacks.last_checkpoint import LastCheckpoint
+from litropy.callbacks.learning_rate_backoff import LearningRateBackoff
 from litropy.callbacks.metrics_file import MetricsFile
 from litropy.callbacks.output_entropy_monitor import OutputEntropyMonitor
 from litropy.callbacks.progress_bar import StepProgressBar
+from litropy.callbacks.qk_clip import QKClip
+from litropy.callbacks.recovery import recovery_actions
 from litropy.callbacks.representation_collapse_monitor import RepresentationCollapseMonitor
+from litropy.callbacks.reset_moments import ResetMoments
 from litropy.callbacks.run_report import RunReport
 from litropy.callbacks.sigma_reparam import SigmaReparam
 from litropy.callbacks.throughput import Throughput
 
 __all__ = [
     "AttentionEntropyMonitor",
+    "AttentionEntropyRegularizer",
     "CollapseDetector",
     "Curves",
     "HuggingFaceFolder",
     "LastCheckpoint",
+    "LearningRateBackoff",
     "MetricsFile",
     "OutputEntropyMonitor",
+    "QKClip",
     "RepresentationCollapseMonitor",
+    "ResetMoments",
     "RunReport",
     "SigmaReparam",
     "StepProgressBar",
     "Throughput",
+    "recovery_actions",
 ]

@@ -12,6 +12,9 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
+from litropy.callbacks.entropy_regularizer import AttentionEntropyRegularizer
+from litropy.callbacks.qk_clip import QKClip
+from litropy.callbacks.recovery import recovery_actions
 from litropy.callbacks.sigma_reparam import SigmaReparam
 from litropy.callbacks.sigma_reparam_weights import folded_state_dict, spectral_gains
 
@@ -89,7 +92,37 @@ def sigma(name, ranks=1, rank=0, folder=None):
     return found
 
 
-CASES = {"sigma": sigma}
+def clip(name, ranks=1, rank=0, folder=None):
+    """QKClip after every step, with a limit that many heads exceed."""
+    module, trainer = train(name, [QKClip(tau=2.0)], None, ranks, rank)
+    return {"state": full_state(module), "clipped": float(trainer.callback_metrics["qk_clip/clipped_heads"])}
+
+
+def recover(name, ranks=1, rank=0, folder=None):
+    """All actions of the preset after an alarm in the second step; saved right after it, and resumed."""
+
+    def run(alarms, **options):
+        actions = recovery_actions(tau=2.0, hold_steps=1, recovery_steps=3)
+        return train(name, [runs.Alarms(actions, alarms)], None, ranks, rank, **options)
+
+    module, trainer = run([1])
+    found = {"state": full_state(module), "factor": float(trainer.callback_metrics["train/learning_rate_factor"])}
+    if folder is not None:
+        _, trainer = run([1], steps=2)
+        trainer.save_checkpoint(folder / f"{name}.ckpt")
+        module, _ = run([], ckpt_path=folder / f"{name}.ckpt")
+        found["resumed"] = full_state(module)
+    return found
+
+
+def regularize(name, ranks=1, rank=0, folder=None):
+    """A strong pull on all heads."""
+    regularizer = AttentionEntropyRegularizer(weight=20.0, margin=0.05, threshold=0.3, floor=0.95, rows=None)
+    module, _ = train(name, [regularizer], None, ranks, rank)
+    return {"state": full_state(module), "thresholds": dict(regularizer.penalty.thresholds)}
+
+
+CASES = {"sigma": sigma, "clip": clip, "recover": recover, "regularize": regularize}
 
 
 def main(folder):

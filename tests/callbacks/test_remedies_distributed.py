@@ -53,3 +53,29 @@ def test_spectral_norms_on_two_ranks_are_those_on_one(worker, found, strategy):
 
 def test_sharding_before_reparametrising_is_refused(found):
     assert "before `fully_shard`" in found[0]["sigma", "fsdp"]["too_late"]
+
+
+@STRATEGIES
+def test_heads_are_clipped_by_the_largest_logits_of_all_ranks(worker, found, strategy):
+    alone, ours = worker.clip("single"), found[0]["clip", strategy]
+    assert alone["clipped"] > 0
+    assert ours["clipped"] == alone["clipped"]
+    assert_same(ours["state"], alone["state"], **CLOSE)
+
+
+@STRATEGIES
+def test_actions_on_an_alarm_do_the_same_on_all_ranks(worker, found, strategy):
+    alone, ours = worker.recover("single"), found[0]["recover", strategy]
+    assert alone["factor"] == ours["factor"] < 1
+    assert_same(ours["state"], alone["state"], **CLOSE)
+    assert_same(ours["resumed"], ours["state"], rtol=0, atol=0)
+    assert_same(found[1]["recover", strategy]["state"], ours["state"], rtol=0, atol=0)
+
+
+@STRATEGIES
+def test_heads_are_pulled_by_the_entropies_of_all_ranks(worker, found, strategy):
+    alone, ours = worker.regularize("single"), found[0]["regularize", strategy]
+    assert_same(ours["state"], alone["state"], **CLOSE)
+    assert_same(ours["thresholds"], alone["thresholds"], **CLOSE)
+    plain = worker.full_state(worker.train("single", [])[0])
+    assert any((plain[name] - value).abs().max() > 1e-3 for name, value in alone["state"].items())
