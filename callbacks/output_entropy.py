@@ -135,20 +135,21 @@ def logit_statistics(logits: Tensor, target: Tensor | None, top_k: int) -> HeadS
 def _block(logits: Tensor, target: Tensor | None, top_k: int) -> dict[str, Tensor]:
     z = logits if logits.dtype == torch.float64 else logits.float()
     log_p = z.log_softmax(-1)
-    p = log_p.exp()
-    entropy = torch.special.entr(p).sum(-1)
-    top = log_p.topk(min(top_k, z.shape[-1]), -1).values
+    top, first = log_p.topk(min(top_k, z.shape[-1]), -1)
     stats = {
-        "entropy": entropy,
-        # p = 0 times a finite number where log p is -inf
-        "varentropy": (p * (log_p.clamp(min=-1e4) + entropy[:, None]).square()).sum(-1),
-        "lse": z.logsumexp(-1),
+        "lse": z.gather(-1, first[:, :1])[:, 0] - top[:, 0],
         "max_logprob": top[:, 0],
         "topk_entropy": torch.special.entr(top.softmax(-1)).sum(-1),
         "topk_mass": top.exp().sum(-1),
     }
     if target is not None:
         stats["logprob"] = log_p.gather(-1, target.clamp(min=0)[:, None])[:, 0]
+    # in place from here on; p = 0 times a finite number where log p is -inf
+    p = log_p.exp()
+    log_p.clamp_(min=-1e4)
+    stats["entropy"] = -(p * log_p).sum(-1)
+    deviation = log_p.add_(stats["entropy"][:, None])
+    stats["varentropy"] = p.mul_(deviation).mul_(deviation).sum(-1)
     return stats
 
 

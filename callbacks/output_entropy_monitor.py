@@ -51,7 +51,9 @@ class OutputEntropyMonitor(Callback):
     random ones that pass the head again. In a model with its own loss everything comes from such a sample, of the
     final logits that the model has computed. Tokens without a target do not count; if the model is called without
     ``labels``, the next of its ``input_ids`` is the target. Only passes of the training step count that gradients flow
-    through: neither generation nor a frozen reference model. Nothing waits for the device, but at logged steps.
+    through: neither generation nor a frozen reference model. Nothing waits for the device, but at logged steps. Passing
+    the head again is at most rows / (3 tokens) of a step's operations; the mean of 512 tokens has a standard error of 4 %
+    of the spread between tokens.
 
     Args:
         every_n_steps: optimiser steps from one probe to the next.
@@ -80,7 +82,7 @@ class OutputEntropyMonitor(Callback):
         self,
         every_n_steps: int = 10,
         dense_steps: int = 100,
-        rows: int = 1024,
+        rows: int = 512,
         top_k: int = 10,
         on_policy: bool = False,
         over_optimisation: bool = False,
