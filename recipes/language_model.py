@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoConfig
 
+from litropy.callbacks.sigma_reparam_weights import folded_state_dict
 from litropy.losses import CutCrossEntropyLoss
 from litropy.recipes.causal_lm import CausalLM
 from litropy.recipes.evaluation import Evaluation
@@ -33,6 +34,7 @@ from litropy.recipes.optimizers import Schedule, adamw, decay_groups, learning_r
 from litropy.recipes.packing_check import isolates_documents
 from litropy.recipes.parity import check_parity as check_parity_of
 from litropy.recipes.prompts import decode_completions
+from litropy.recipes.reparametrisation import reparametrise
 from litropy.recipes.sharding import decoder_layers, full_state_dict, is_sharded, shard
 from litropy.recipes.state_mismatch import explain_mismatch
 from litropy.recipes.strategies import check_strategy
@@ -206,7 +208,7 @@ class LanguageModel(LightningModule):
         self._adopt(causal_lm, precision)
 
     def _adopt(self, causal_lm: Any, precision: str) -> None:
-        model = CausalLM(causal_lm)
+        model = reparametrise(CausalLM(causal_lm), self._trainer)
         if self.gradient_checkpointing:
             checkpoint_layers(causal_lm)
         if self.compile_layers:
@@ -362,12 +364,13 @@ class LanguageModel(LightningModule):
         """Write weights, config and tokenizer as a Hugging Face folder; every rank must call this.
 
         Args:
-            folder: where to write; an earlier Hugging Face folder there is replaced, anything else is left alone.
+            folder: where to write, in place of an earlier Hugging Face folder; anything else is left alone.
 
         Raises:
             ValueError: if the folder exists and is no Hugging Face folder.
         """
-        weights = {name.removeprefix("causal_lm."): value for name, value in full_state_dict(self._built).items()}
+        state = folded_state_dict(full_state_dict(self._built))
+        weights = {name.removeprefix("causal_lm."): value for name, value in state.items()}
         try:
             if self._trainer is None or self._trainer.is_global_zero:
                 write_folder(self.causal_lm, self.tokenizer, Path(folder), weights)
@@ -381,16 +384,13 @@ class LanguageModel(LightningModule):
         checkpoint["causal_lm_config"] = self.causal_lm.config.to_json_string(use_diff=False)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say in one sentence how a checkpoint of another model differs from this one.
-
-        Raises:
-            ValueError: naming the first differing parameters.
-        """
+        """Raise ValueError that says in one sentence how a checkpoint of another model differs from this one."""
         config = json.loads(checkpoint.get("causal_lm_config", "{}"))
         if self._trainer is None and config:
             # `load_from_checkpoint` knows no tokenizer, but the checkpoint knows its model
             model_type = config.pop("model_type")
             self._adopt(random_model(AutoConfig.for_model(model_type, **config), torch.float32), "32-true")
+            checkpoint["state_dict"] = folded_state_dict(checkpoint["state_dict"])
             return
         if "state_dict" in checkpoint and not is_sharded(self._built):
             reason = explain_mismatch(

@@ -282,6 +282,21 @@ def test_a_language_model_of_ours_is_covered():
     tiny().load_state_dict(state)
 
 
+def test_a_language_model_of_ours_is_saved_as_a_plain_one(tmp_path):
+    batch = {"input_ids": IDS, "labels": IDS}
+    module = LanguageModel(config=tiny_config("llama"), learning_rate=1e-2, pad_vocab_to=1)
+    trainer = runs.make_trainer([SigmaReparam()], 2)
+    trainer.fit(module, torch.utils.data.DataLoader([batch, batch], batch_size=None))
+    module.save_pretrained(tmp_path / "folder")
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "folder")
+    again = LanguageModel.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=False).causal_lm
+    with torch.no_grad():
+        expected = module.causal_lm.eval()(IDS).logits
+        for model in (loaded, again):
+            torch.testing.assert_close(model.eval()(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_what_comes_too_late_is_refused():
     class AddLate(pl.Callback):
         def on_train_batch_end(self, trainer, module, *_):
