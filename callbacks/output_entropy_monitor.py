@@ -52,8 +52,8 @@ class OutputEntropyMonitor(Callback):
     final logits that the model has computed. Tokens without a target do not count; if the model is called without
     ``labels``, the next of its ``input_ids`` is the target. Only passes of the training step count that gradients flow
     through: neither generation nor a frozen reference model. Nothing waits for the device, but at logged steps. Passing
-    the head again is at most rows / (3 tokens) of a step's operations; the mean of 512 tokens has a standard error of 4 %
-    of the spread between tokens.
+    the head again is at most rows / (3 tokens) of a step's operations. The mean of 512 tokens has a standard error of
+    4 % of the spread between tokens.
 
     Args:
         every_n_steps: optimiser steps from one probe to the next.

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from litropy.callbacks import OutputEntropyMonitor
+from litropy.callbacks import CollapseDetector, OutputEntropyMonitor
 from litropy.callbacks.metrics_file import MetricsFile, read_metrics
 from litropy.huggingface import patch_causal_lm
 from litropy.losses import CutCrossEntropyLoss, head_passes
@@ -407,6 +407,18 @@ def test_readings_are_new_objects_of_finished_tensors():
     assert values["output/entropy"] == pytest.approx(truth["entropy/output"], rel=1e-4)
     expected = truth["entropy/output"] + truth["entropy/calibration_gap"]
     assert values["output/cross_entropy"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(("factor", "alarms"), [(1.0, []), (20.0, ["output_entropy"])])
+@pytest.mark.parametrize("detector_first", [True, False])
+@pytest.mark.filterwarnings("ignore:.*output")
+def test_the_detector_hears_of_a_model_that_is_surer_than_right(factor, alarms, detector_first):
+    model, detector = tiny_causal_lm("llama"), CollapseDetector()
+    model.lm_head.weight.data *= factor
+    callbacks = [detector, OutputEntropyMonitor()]
+    batches = [batch_of([11] * 4, seed) for seed in range(45)]
+    fit(OwnLoss(model), batches, *(callbacks if detector_first else callbacks[::-1]))
+    assert [alarm.rule for alarm in detector.alarms] == alarms
 
 
 @pytest.mark.parametrize(
