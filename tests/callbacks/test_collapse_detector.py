@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, IterableDataset
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from litropy.callbacks import CollapseDetector
+from litropy.callbacks import AttentionEntropyMonitor, CollapseDetector, RepresentationCollapseMonitor
 from litropy.callbacks.collapse_detector import CollapseAction
 from litropy.callbacks.collapse_gradients import gradient_over_epsilon
 from litropy.callbacks.collapse_inbox import Inbox
@@ -97,7 +98,8 @@ def fit(tmp_path, module, callbacks, steps, ckpt_path=None, seed=0, **options):
         default_root_dir=tmp_path,
         **options,
     )
-    trainer.fit(module, DataLoader(Batches(module.kind, seed), batch_size=None), ckpt_path=ckpt_path)
+    with runs.quickly():
+        trainer.fit(module, DataLoader(Batches(module.kind, seed), batch_size=None), ckpt_path=ckpt_path)
     return trainer
 
 
@@ -137,13 +139,11 @@ def test_a_healthy_run_logs_zero(tmp_path):
 
 @pytest.mark.parametrize("every", [1, 10])
 def test_the_order_of_callbacks_does_not_matter(tmp_path, every, collapse):
-    first, second = CollapseDetector(every_n_steps=every), CollapseDetector(every_n_steps=every)
-    fit(tmp_path, Decoder(), [first, Stored()], 32)
-    fit(tmp_path, Decoder(), [Stored(), second], 32)
-    assert first.alarms == second.alarms
-    assert first.alarms
-    # the rules see the same numbers, only sooner or later
-    assert first.alarms == [alarm for alarm in collapse[0].alarms if alarm.step < 32]
+    detector = CollapseDetector(every_n_steps=every)
+    fit(tmp_path, Decoder(), [detector, Stored()], 32)
+    # the rules see the same numbers as with the monitor first, only sooner or later
+    assert detector.alarms == [alarm for alarm in collapse[0].alarms if alarm.step < 32]
+    assert detector.alarms
 
 
 def test_a_continued_run_decides_as_if_it_had_not_stopped(tmp_path, collapse):
@@ -163,7 +163,8 @@ def test_a_continued_run_decides_as_if_it_had_not_stopped(tmp_path, collapse):
     torch.manual_seed(0)
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = pl.Trainer(accelerator="cpu", max_steps=60, callbacks=[Stored(), detector, seen], **options)
-    trainer.fit(Decoder(), DataLoader(Later("collapse", 0), batch_size=None), ckpt_path=path, weights_only=True)
+    with runs.quickly():
+        trainer.fit(Decoder(), DataLoader(Later("collapse", 0), batch_size=None), ckpt_path=path, weights_only=True)
     assert detector.alarms == whole.alarms
     assert seen.seen == {step: level for step, level in levels.items() if step >= 27}
     assert repr(detector.state_dict()) == repr(whole.state_dict())
@@ -328,6 +329,44 @@ def test_nothing_is_read_from_the_device_between_decisions(tmp_path, monkeypatch
         monkeypatch.setattr(detector, hook, watched)
     fit(tmp_path, Decoder("healthy"), [Stored(), detector], 10)
     assert {step for step, names in found.items() if names} == {4, 8}
+
+
+class HuggingFace(pl.LightningModule):
+    """Somebody's module around a causal language model of transformers."""
+
+    def __init__(self, learning_rate):
+        super().__init__()
+        self.kind, self.learning_rate = "healthy", learning_rate
+        torch.manual_seed(0)
+        size = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 4, "num_attention_heads": 4}
+        special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+        config = LlamaConfig(vocab_size=64, num_key_value_heads=2, max_position_embeddings=64, **size, **special)
+        self.model = AutoModelForCausalLM.from_config(config).train()
+
+    def training_step(self, batch, batch_idx):
+        return self.model(input_ids=batch[0], labels=batch[0]).loss
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), self.learning_rate, betas=(0.9, 0.95))
+
+
+@pytest.mark.parametrize("learning_rate", [3e-3, 3e-2])
+def test_it_works_as_it_is_on_a_causal_language_model(tmp_path, learning_rate):
+    detector, levels = CollapseDetector(), Levels()
+    callbacks = [AttentionEntropyMonitor(), RepresentationCollapseMonitor(), detector, levels]
+    trainer = fit(tmp_path, HuggingFace(learning_rate), callbacks, 71)
+    assert len(levels.seen) == 71
+    if learning_rate < 0.01:
+        assert detector.alarms == []
+        return
+    first = {}
+    for alarm in detector.alarms:
+        first.setdefault(alarm.level, alarm)
+    assert first[1].step <= 20
+    assert first[1].rule == "attention_entropy"
+    assert first[2].step <= 69
+    assert trainer.callback_metrics["collapse/alarm"] == 2
+    assert levels.seen[30] == 1
 
 
 def test_numbers_arrive_in_the_order_of_steps():

@@ -56,7 +56,7 @@ def step_when_the_loss_shows_it(losses):
 
 @pytest.mark.parametrize("every", [1, 10])
 def test_a_healthy_run_raises_no_alarm(every):
-    judge, levels = judge_run(runs.train("healthy", 200), every)
+    judge, levels = judge_run(runs.train("healthy", 150), every)
     assert judge.book.alarms == []
     assert set(levels) == {0}
 
@@ -85,7 +85,7 @@ def test_a_collapse_at_a_higher_rate_is_critical_at_once():
 
 @pytest.mark.parametrize("every", [1, 10])
 def test_a_sharp_start_that_trains_well_is_only_a_warning(every):
-    run = runs.train("sharp", 220)
+    run = runs.train("sharp", 190)
     judge, _ = judge_run(run, every)
     assert np.mean(run.losses[-10:]) < 3.0
     assert first(judge, 1, "sharp_attention") <= (6 if every == 1 else 20)
