@@ -77,7 +77,7 @@ class CollapseDetector(Callback):
         loss: str | None = None,
         every_n_steps: int = 10,
         entropy_fall: float = 0.5,
-        max_logit: float = 20.0,
+        max_logit: float = 30.0,
         loss_share: float = 0.4,
         ignore: list[str] | None = None,
         actions: list[CollapseAction | Callback] | None = None,

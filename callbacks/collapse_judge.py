@@ -50,7 +50,7 @@ class CollapseJudge(PlainState):
         ...     values = {"attention/entropy": [[entropy]], "attention/max_logit": [[logit]]}
         ...     for alarm in judge.observe(step, values, layers=(0,)):
         ...         print(alarm.step, alarm.level, alarm.rule)
-        19 1 attention_entropy
+        23 1 attention_entropy
         24 1 logit_growth
         36 2 attention_collapse
         36 1 sharp_attention
@@ -62,7 +62,7 @@ class CollapseJudge(PlainState):
     def __init__(
         self,
         entropy_fall: float = 0.5,
-        max_logit: float = 20.0,
+        max_logit: float = 30.0,
         loss_share: float = 0.4,
         ignore: Collection[str] = (),
     ) -> None:
