@@ -68,9 +68,9 @@ def select_tiles(
     """Decide which tiles each block of rows keeps, [B, T] bool; writes ``skipped_mass`` and ``surviving_share``.
 
     A tile that holds half as much as if all entries were equally likely is kept, so that a near-uniform row gives
-    nothing up. A tile counts with the row that has the most mass there. Where gradients of the entropy are to be had, a mass q
-    counts ``log(columns / q) + H`` times, the most that its share of the entropy's gradient can be, or the square of
-    it for the varentropy.
+    nothing up. A tile counts with the row that has the most mass there. Where gradients of the entropy are to be had, a
+    mass q counts ``log(columns / q) + H`` times, the most that its share of the entropy's gradient can be, or the
+    square of it for the varentropy.
 
     Args:
         log_mass: logarithm of each row's mass in each tile, [N, T].
