@@ -1,5 +1,6 @@
 """Raise an alarm when attention, outputs or representations collapse, and let remedies act."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,15 +19,15 @@ from litropy.callbacks.collapse_readings import PublishesReadings, Readings
 __all__ = ["CollapseAction", "CollapseDetector"]
 
 
-class CollapseAction:
+class CollapseAction(ABC):
     """Base of remedies, which act on an alarm; a callback need not derive from it, only have the method.
 
     One that is no callback may have ``state_dict`` and ``load_state_dict``: the detector keeps its state.
     """
 
+    @abstractmethod
     def act(self, alarm: Alarm, trainer: Trainer, pl_module: LightningModule) -> None:
         """React to a new alarm, between two optimiser steps, at the same step on every rank."""
-        raise NotImplementedError
 
 
 class CollapseDetector(Callback):
