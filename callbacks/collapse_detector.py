@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,6 +15,7 @@ from litropy.callbacks.collapse_gradients import gradient_over_epsilon
 from litropy.callbacks.collapse_inbox import Inbox
 from litropy.callbacks.collapse_judge import RULES, CollapseJudge
 from litropy.callbacks.collapse_readings import PublishesReadings, Readings
+from litropy.callbacks.recovery import recovery_actions
 
 __all__ = ["CollapseAction", "CollapseDetector"]
 
@@ -63,7 +64,8 @@ class CollapseDetector(Callback):
         max_logit: attention logit under which growing logits are no reason to warn.
         loss_share: share of the earlier rate of improvement under which the loss counts as stalled, from 0 to 1.
         ignore: names of rules that never fire, such as ``output_entropy`` where overfitting is intended.
-        actions: remedies, called with every new alarm; those that are callbacks join the trainer's.
+        actions: remedies, called with every new alarm; those that are callbacks join the trainer's. ``recovery`` takes
+            ``recovery_actions()``, the sequence that brings a collapsed run back.
 
     Raises:
         ValueError: if a number is out of its range, a rule or the metric ``loss`` is unknown, or an action cannot act.
@@ -81,7 +83,7 @@ class CollapseDetector(Callback):
         max_logit: float = 30.0,
         loss_share: float = 0.4,
         ignore: list[str] | None = None,
-        actions: list[CollapseAction | Callback] | None = None,
+        actions: list[CollapseAction | Callback] | Literal["recovery"] | None = None,
     ) -> None:
         if every_n_steps < 1:
             raise ValueError(f"`every_n_steps` is {every_n_steps}; it must be at least 1.")
@@ -91,14 +93,15 @@ class CollapseDetector(Callback):
         unknown = [rule for rule in ignore or [] if rule not in RULES]
         if unknown:
             raise ValueError(f"`ignore` has {', '.join(map(repr, unknown))}; the rules are {', '.join(RULES)}.")
-        for action in actions or []:
+        remedies: list[Any] = [*recovery_actions()] if actions == "recovery" else list(actions or [])
+        for action in remedies:
             if not hasattr(action, "act"):
                 raise ValueError(
                     f"`actions` has a {type(action).__name__}, which has no `act(alarm, trainer, pl_module)`."
                 )
         self.loss = loss
         self.every_n_steps = every_n_steps
-        self.actions: list[Any] = list(actions or [])
+        self.actions = remedies
         self._options: dict[str, Any] = {
             "entropy_fall": entropy_fall,
             "max_logit": max_logit,

@@ -96,6 +96,7 @@ def test_the_order_is_that_of_the_reference():
     assert [action.level for action in actions] == [1, 1, 1]
     assert (actions[0].backoff.factor, actions[2].tau) == (0.2, 15.0)
     assert recovery_actions(names=["wq"])[1].names == ["wq"]
+    assert [type(action) for action in CollapseDetector(actions="recovery").actions] == list(map(type, actions))
 
 
 def test_a_model_that_cannot_be_clipped_is_refused_at_once_and_not_at_the_alarm():
