@@ -20,6 +20,7 @@ from litropy.callbacks.attention_schedule import ProbeCost, ProbeSchedule
 from litropy.callbacks.collapse_readings import Readings
 from litropy.callbacks.logged_steps import is_logged_step
 from litropy.callbacks.probe_clock import ProbeClock
+from litropy.callbacks.step_begun import step_begun
 from litropy.callbacks.uncompiled import is_compiled, uncompiled
 
 __all__ = ["AttentionEntropyMonitor"]
@@ -155,10 +156,11 @@ class AttentionEntropyMonitor(Callback):
         self._clock = ProbeClock(pl_module.device)
         if self._compiled:
             self._open.enter_context(uncompiled())
+        begun = step_begun(trainer)
 
         def see(call: AttentionCall) -> None:
             # a module may try its model out on the batch before its step
-            if self._probe is not None and pl_module._current_fx_name != "on_train_batch_start":
+            if self._probe is not None and begun():
                 with self._clock.running():
                     self._probe.add(call)
 

@@ -1,5 +1,6 @@
 """Measure how certain a language model is of its next token."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,6 +18,7 @@ from litropy.callbacks.output_entropy import OutputSums
 from litropy.callbacks.output_entropy_logits import find_heads
 from litropy.callbacks.output_entropy_probe import OutputProbe
 from litropy.callbacks.output_entropy_trend import OutputTrend
+from litropy.callbacks.step_begun import step_begun
 from litropy.callbacks.uncompiled import is_compiled, uncompiled
 
 __all__ = ["OutputEntropyMonitor"]
@@ -115,6 +117,8 @@ class OutputEntropyMonitor(Callback):
         self._logs_entropy: bool | None = None
         self._step, self._micro_batch = -1, 0
         self._open = ExitStack()
+        self._begun: Callable[[], bool] = lambda: False
+        self._in_backward = False
         self._readings: Readings | None = None
 
     def collapse_readings(self) -> Readings | None:
@@ -132,7 +136,7 @@ class OutputEntropyMonitor(Callback):
             pl_module.device,
             self.top_k,
             self.temperature,
-            lambda: pl_module._current_fx_name == "training_step",
+            lambda: self._begun() and not self._in_backward,
         )
         self._readings, self._logs_entropy, self._step = None, None, -1
 
@@ -159,6 +163,7 @@ class OutputEntropyMonitor(Callback):
         rows = -(-self.rows // (trainer.world_size * trainer.accumulate_grad_batches))
         if self._compiled:
             self._open.enter_context(uncompiled())
+        self._begun, self._in_backward = step_begun(trainer), False
         self._open.enter_context(self._probe.open(rows, step * 1009 + self._micro_batch))
         self._micro_batch += 1
 
@@ -166,6 +171,11 @@ class OutputEntropyMonitor(Callback):
         """Take logits that the training step computed by hand, while they are there."""
         if self._probe is not None:
             self._probe.flush()
+        self._in_backward = True
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on watching: a step that optimises by hand may call the model again."""
+        self._in_backward = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -1,5 +1,6 @@
 """Notice when all tokens become the same vector, which attention and loss do not show."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from litropy.callbacks.representation_metrics import (
     projection,
     row_sums,
 )
+from litropy.callbacks.step_begun import step_begun
 from litropy.callbacks.uncompiled import is_compiled, uncompiled
 
 __all__ = ["RepresentationCollapseMonitor"]
@@ -110,18 +112,19 @@ class RepresentationCollapseMonitor(Callback):
         self._rows_now = -(-self.rows // (trainer.world_size * trainer.accumulate_grad_batches))
         if self._compiled:
             self._hooks.enter_context(uncompiled())
+        begun = step_begun(trainer)
         for layer, module in self._found.items():
-            handle = module.register_forward_hook(partial(self._observe, pl_module, layer))
+            handle = module.register_forward_hook(partial(self._observe, begun, layer))
             self._hooks.callback(handle.remove)
 
-    def _observe(self, pl_module: LightningModule, layer: int | str, module: nn.Module, args: Any, output: Any) -> None:
+    def _observe(self, begun: Callable[[], bool], layer: int | str, module: nn.Module, args: Any, output: Any) -> None:
         """Measure a layer's first call with gradients in the training step, else its first call.
 
         What gradient checkpointing recomputes in the backward pass is either a later call or gives the same numbers.
         """
         learns, earlier = torch.is_grad_enabled(), self._batch.get(layer)
         # the module may also run its layers before its step, as for a check of the first batch
-        outside = earlier is None and pl_module._current_fx_name != "training_step"
+        outside = earlier is None and not begun()
         if outside or (earlier is not None and (earlier[0] or not learns)):
             return
         with torch.no_grad():
