@@ -1,0 +1,33 @@
+"""Min-p sampling."""
+
+import math
+
+from torch import Tensor
+
+from litropy.recipes.steering.sampler import Sampler, keep_at_least_one
+
+__all__ = ["MinP"]
+
+
+class MinP(Sampler):
+    """Leaves out tokens less likely than a share of the likeliest: ``p_v < min_p max p``.
+
+    Args:
+        min_p: the share, in (0, 1].
+        temperature: of the softmax, taken before.
+
+    Raises:
+        ValueError: if an option is out of its range.
+
+    Reference: "Turning Up the Heat" (arXiv 2407.01082), section 3.
+    """
+
+    def __init__(self, min_p: float = 0.1, temperature: float = 1.0) -> None:
+        super().__init__(temperature)
+        if not 0 < min_p <= 1:
+            raise ValueError(f"`min_p` is {min_p}; it must be in (0, 1].")
+        self.min_p = min_p
+
+    def truncate(self, logits: Tensor) -> Tensor:
+        """Keep ``z_v >= max z + log min_p``."""
+        return keep_at_least_one(logits, logits < logits.amax(-1, keepdim=True) + math.log(self.min_p))

@@ -1,0 +1,33 @@
+"""Nucleus sampling."""
+
+from torch import Tensor
+
+from litropy.recipes.steering.sampler import Sampler, keep_at_least_one
+
+__all__ = ["TopP"]
+
+
+class TopP(Sampler):
+    """Draws from the nucleus: the smallest set of likeliest tokens whose mass reaches ``top_p``.
+
+    Args:
+        top_p: the mass, in (0, 1].
+        temperature: of the softmax, taken before.
+
+    Raises:
+        ValueError: if an option is out of its range.
+
+    Reference: "The Curious Case of Neural Text Degeneration" (arXiv 1904.09751), section 3.1.
+    """
+
+    def __init__(self, top_p: float = 0.95, temperature: float = 1.0) -> None:
+        super().__init__(temperature)
+        if not 0 < top_p <= 1:
+            raise ValueError(f"`top_p` is {top_p}; it must be in (0, 1].")
+        self.top_p = top_p
+
+    def truncate(self, logits: Tensor) -> Tensor:
+        """Drop what comes after the token at which the mass reaches ``top_p``."""
+        ordered, order = logits.softmax(-1).sort(-1, descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= self.top_p
+        return keep_at_least_one(logits, beyond.scatter(-1, order, beyond))
