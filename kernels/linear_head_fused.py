@@ -7,6 +7,7 @@ of ``sum_n row_weight_n row_loss_n``; what autograd multiplies them by comes lat
 Shape key: N rows, D width, V vocabulary; n is the number of rows in a block.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -31,6 +32,8 @@ __all__ = ["BlockGradient", "RowLoss", "fused_gradients", "pays", "rows_that_fit
 
 # fewer rows than this leave the matrix products bound by the traffic of the weight
 _MIN_ROWS = {"cpu": 32, "cuda": 1024}
+# more rows than this only move logits out of a CPU's caches
+_CACHED_ROWS = 512
 # a half-precision weight gradient is rounded once a block; more roundings than this could exceed the error budget
 _MAX_HALF_ROUNDINGS = 6
 
@@ -38,15 +41,15 @@ _MAX_HALF_ROUNDINGS = 6
 class RowLoss(NamedTuple):
     """A row's loss and its weight: ``row_weight ((1 - s) w_y nll + s sum_v c_v (-log p_v) + z_loss lse^2)``."""
 
-    row_weight: Tensor  # [N]
+    row_weight: Tensor | None  # [N]; None: 1 each
     nll_weight: Tensor | None = None  # [N], w_y
     label_smoothing: float = 0.0
     z_loss: float = 0.0
 
     def of_rows(self, rows: Tensor | slice) -> "RowLoss":
         """The loss of some rows."""
-        nll_weight = None if self.nll_weight is None else self.nll_weight[rows]
-        return self._replace(row_weight=self.row_weight[rows], nll_weight=nll_weight)
+        row_weight, nll_weight = (None if x is None else x[rows] for x in (self.row_weight, self.nll_weight))
+        return self._replace(row_weight=row_weight, nll_weight=nll_weight)
 
 
 def rows_that_fit(num_rows: int, vocabulary: int, dtype: torch.dtype, budget: int) -> int:
@@ -113,7 +116,11 @@ def fused_gradients(
     """
     V = head.weight.shape[0]
     rows = Rows.of(input, target)
+    # full precision loses nothing by weighting hidden states and dInput [n, D] in place of logits [n, V]
+    is_full = block_gradient is None and head.weight.dtype == head.stats_dtype
     n_max = rows_that_fit(len(rows), V, head.weight.dtype, budget) or 1
+    if is_full and input.device.type == "cpu":
+        n_max = min(n_max, _CACHED_ROWS)
     work = Workspace(head, n_max, V, budget)
     num_blocks = -(-len(rows) // n_max)
     sum_bias = None if gradients.bias is None else torch.zeros_like(gradients.bias, dtype=head.stats_dtype)
@@ -122,12 +129,19 @@ def fused_gradients(
     first = True
     for index, hidden, block_target in rows.blocks(n_max):
         assert block_target is not None
-        tile = raw_logits(hidden, head, slice(0, V), work)
+        tile, block_loss = raw_logits(hidden, head, slice(0, V), work), loss.of_rows(index)
+        scale = None
+        if is_full and sum_bias is None and block_loss.row_weight is not None:
+            scale, block_loss = block_loss.row_weight[:, None], block_loss._replace(row_weight=None)
+            hidden = hidden * scale
         turn = block_gradient or _torch_block_gradient
-        stats.put(index, turn(tile, head.of_rows(index), block_target, loss.of_rows(index), want, work, sum_bias))
+        stats.put(index, turn(tile, head.of_rows(index), block_target, block_loss, want, work, sum_bias))
         if gradients.input is not None:
             for columns, matrix in head.factors():
-                gradients.input[index, columns] = torch.mm(tile, matrix).to(gradients.input.dtype)
+                product = torch.mm(tile, matrix)
+                if scale is not None:
+                    product.mul_(scale)
+                gradients.input[index, columns] = product.to(gradients.input.dtype)
         for columns, _, total in sums:
             _add_product(total, tile.t(), hidden[:, columns], first)
         first = False
@@ -165,19 +179,45 @@ def _torch_block_gradient(
 ) -> RowStats:
     """Turn raw logits [n, V] into their gradient in place; add that of the bias; return the rows' statistics."""
     stats = RowStats.zeros(tile.shape[0], tile, head.stats_dtype, True, want)
-    for part, z, u, e, slope in cached_parts(tile, work):
-        part_head, part_loss = head.of_rows(part), loss.of_rows(part)
-        final_logits_(z, part_head, slope)
-        sums = Sums.start((z.shape[0],), z, head.stats_dtype, True, want)
-        add_tile(sums, slice(None), z, u, e, 0, head, target[part])
-        found = finish_sums(sums, target[part], 1.0 if head.mean_total is None else head.mean_total, want)
+    is_plain = not any(want)
+    in_place = is_plain and not work.is_half and not head.has_slope
+    whole = (slice(0, tile.shape[0]), tile, tile, tile, tile)
+    for part, z, u, e, slope in [whole] if in_place else cached_parts(tile, work):
+        final_logits_(z, head.of_rows(part), slope)
+        if is_plain:
+            dz, found = z, _softmax_(z, target[part])
+        else:
+            sums = Sums.start((z.shape[0],), z, head.stats_dtype, True, want)
+            add_tile(sums, slice(None), z, u, e, 0, head, target[part])
+            found = finish_sums(sums, target[part], 1.0 if head.mean_total is None else head.mean_total, want)
+            dz = e.div_(sums.s[:, None])
         stats.put(part, found)
-        weight, nll_weight, label_smoothing, z_loss = part_loss
+        weight, nll_weight, label_smoothing, z_loss = loss.of_rows(part)
+        if weight is None:
+            weight = torch.ones_like(found.lse)
         cotangents = loss_cotangents(weight, nll_weight, found.lse, label_smoothing, z_loss)
-        e.mul_((cotangents.of_p(found.lse, head.mean_total) / sums.s)[:, None])
-        add_target_gradient_(e, 0, head, target[part], cotangents)
-        apply_slope_(e, slope, head)
+        if loss.row_weight is not None or nll_weight is not None or z_loss:  # else the factor is 1
+            dz.mul_(cotangents.of_p(found.lse, head.mean_total)[:, None])
+        add_target_gradient_(dz, 0, head, target[part], cotangents)
+        apply_slope_(dz, slope, head)
         if sum_bias is not None:
-            sum_bias += e.sum(0)
-        tile[part].copy_(e)
+            sum_bias += dz.sum(0)
+        tile[part].copy_(dz)
+    return stats
+
+
+def _softmax_(z: Tensor, target: Tensor) -> RowStats:
+    """Turn final logits [n, V] into probabilities in place; the statistics that every loss needs.
+
+    PyTorch's softmax is one pass over a row; the likeliest entry's probability, 1 / sum exp(z - max), tells the rest.
+    """
+    V = z.shape[1]
+    inside = (target >= 0) & (target < V)
+    picked = z.gather(1, target.clamp(0, V - 1)[:, None])[:, 0]
+    max_logit = z.amax(-1)
+    torch.softmax(z, -1, out=z)
+    max_logprob = z.amax(-1).log_()
+    logprob = (picked - max_logit + max_logprob).masked_fill_(~inside, math.nan)
+    stats = RowStats(logprob=logprob, lse=max_logit - max_logprob, max_logit=max_logit, max_logprob=max_logprob)
+    stats.zero_where(target < 0)
     return stats
