@@ -1,6 +1,8 @@
 """LightningModules and DataModules that ``litropy fit`` trains."""
 
 from litropy.recipes.language_model import LanguageModel
+from litropy.recipes.rlvr import RLVR
+from litropy.recipes.task_data import TaskDataModule
 from litropy.recipes.text_data import TextDataModule
 
-__all__ = ["LanguageModel", "TextDataModule"]
+__all__ = ["RLVR", "LanguageModel", "TaskDataModule", "TextDataModule"]
