@@ -29,14 +29,25 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The commit that is checked out, and whether the package differs from it."""
+
     def git(*arguments: str) -> str:
         return subprocess.run(
             ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
         ).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "../kernels", "../losses", "../recipes")
+        changed = git(
+            "status",
+            "--porcelain",
+            "--untracked-files=no",
+            "--",
+            "../kernels",
+            "../losses",
+            "../callbacks",
+            "../recipes",
+        )
         return git("rev-parse", "--short=12", "HEAD") + (" with changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -55,7 +66,7 @@ def describe(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {package: version for package in PACKAGES if (version := _version(package))},
         "cuda": torch.version.cuda if device == "cuda" else None,
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
 
