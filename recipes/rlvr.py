@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -57,6 +56,7 @@ from litropy.recipes.steering.slots import (
     TokenMask,
     TokenWeight,
 )
+from litropy.recipes.steering.states import load_states, named_components, states
 from litropy.recipes.token_normalisation import sum_over_ranks
 
 __all__ = ["RLVR"]
@@ -215,8 +215,7 @@ class RLVR(LanguageModel):
         self._warned = False
 
     def _components(self) -> dict[str, Component]:
-        named = (*self.methods.named(), ("sampler", self.sampler))
-        return {f"{name}:{type(component).__name__}": component for name, component in named}
+        return named_components(*self.methods.named(), ("sampler", self.sampler))
 
     # the model
 
@@ -390,19 +389,11 @@ class RLVR(LanguageModel):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what methods and sampler remember, and the number of batches of responses."""
         super().on_save_checkpoint(checkpoint)
-        states = {name: component.state_dict() for name, component in self._components().items()}
-        checkpoint["rlvr"] = {
-            "rounds": self._rounds,
-            "states": {name: state for name, state in states.items() if state},
-        }
+        checkpoint["rlvr"] = {"rounds": self._rounds, "states": states(self._components())}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from there; methods that the checkpoint does not know start anew."""
         super().on_load_checkpoint(checkpoint)
-        found = checkpoint.get("rlvr", {"rounds": 0, "states": {}})
-        self._rounds, components = found["rounds"], self._components()
-        for name, state in found["states"].items():
-            if name in components:
-                components[name].load_state_dict(state)
-            else:
-                rank_zero_warn(f"The checkpoint has the state of {name}, which is not among the methods now.")
+        if found := checkpoint.get("rlvr"):
+            self._rounds = found["rounds"]
+            load_states(self._components(), found["states"])

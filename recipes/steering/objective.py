@@ -63,7 +63,8 @@ class Methods:
     def of(cls, **slots: Any) -> "Methods":
         """Fill the slots; None leaves one as it is by default, a list becomes a tuple."""
         filled: dict[str, Any] = {name: value for name, value in slots.items() if value is not None}
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in filled.items()})
+        filled |= {name: tuple(value) for name, value in filled.items() if isinstance(value, list)}
+        return cls(**filled)
 
     def named(self) -> Iterator[tuple[str, Component]]:
         """Every method with the name of its place."""
