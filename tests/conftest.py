@@ -4,8 +4,13 @@ import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+# before torch is imported: one thread a process, as there is a worker for each core; those who wait leave the core
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
 
 if not torch.cuda.is_available():
     # before anything imports triton, which reads it once
@@ -14,7 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # what test files share; no package, so that no folder of tests hides one of ours
-sys.path.insert(0, str(Path(__file__).parent / "kernels"))
+sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("helpers", "kernels")]
 pytest.register_assert_rewrite("linear_head_problems")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

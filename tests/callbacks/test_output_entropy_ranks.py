@@ -1,11 +1,9 @@
 """The output monitor on two CPU processes under DDP and FSDP2, against one process."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import gloo_ranks
 import pytest
 import torch
 
@@ -19,11 +17,7 @@ spec.loader.exec_module(worker)
 def found(tmp_path_factory):
     """What each of the two ranks has found."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(WORKER), str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    gloo_ranks.launch(WORKER, folder)
     return [torch.load(folder / f"rank_{rank}.pt") for rank in range(2)]
 
 

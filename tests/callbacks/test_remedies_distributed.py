@@ -1,11 +1,9 @@
 """Remedies on two CPU processes under DDP and FSDP2, against one process."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import gloo_ranks
 import pytest
 import torch
 
@@ -24,11 +22,7 @@ def worker():
 def found(tmp_path_factory):
     """What both ranks have found."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(WORKER), str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    gloo_ranks.launch(WORKER, folder)
     return [torch.load(folder / f"found{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 

@@ -1,10 +1,10 @@
 """Two CPU processes under DDP and FSDP2 against one: what is measured, and what is decided on it."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import gloo_ranks
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
@@ -95,11 +95,7 @@ def main(folder):
 def found(tmp_path_factory):
     """What both ranks found."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", __file__, str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    gloo_ranks.launch(__file__, folder)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 

@@ -1,11 +1,9 @@
 """Two CPU processes under Lightning's DDP and FSDP2 strategies against one process."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import gloo_ranks
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -31,11 +29,7 @@ def single(worker):
 def folder(tmp_path_factory):
     """Where the two ranks have left their results."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(WORKER), str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    gloo_ranks.launch(WORKER, folder)
     return folder
 
 

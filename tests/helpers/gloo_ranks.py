@@ -1,0 +1,45 @@
+"""Run a script on several gloo ranks of this machine, as ``torchrun`` would, without importing torch for each."""
+
+import os
+import runpy
+import sys
+import time
+
+import torch
+from torch.distributed import TCPStore
+
+# imported once, in the process that all ranks of a session's launches are forked from
+PRELOADED = ["torch", "lightning.pytorch", "transformers", "litropy.callbacks", "litropy.recipes", "litropy.testing"]
+
+
+def launch(script, *arguments, ranks=2, timeout=300):
+    """Run ``python SCRIPT ARGUMENTS`` on every rank of a new world; raises what the first rank that fails has raised.
+
+    Ranks are forked from a clean process, which has no threads and nothing of the tests that ran before.
+    """
+    torch.multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # the system chooses a free port
+    command = [str(script), *map(str, arguments)]
+    processes = torch.multiprocessing.start_processes(
+        run, (ranks, store.port, command), ranks, join=False, start_method="forkserver"
+    )
+    try:
+        deadline = time.monotonic() + timeout
+        while not processes.join(max(0, deadline - time.monotonic())):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{' '.join(command)} took more than {timeout} s on {ranks} ranks")
+    finally:
+        for process in processes.processes:
+            if process.is_alive():
+                process.kill()
+
+
+def run(rank, ranks, port, command):
+    """One rank: what torchrun sets, and the script as if it were started alone."""
+    world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
+    world |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    world |= {"TORCHELASTIC_RUN_ID": "tests", "TORCHELASTIC_RESTART_COUNT": 0, "OMP_NUM_THREADS": 1}
+    os.environ.update({name: str(value) for name, value in world.items()})
+    torch.set_num_threads(1)
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
