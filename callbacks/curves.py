@@ -1,5 +1,6 @@
-"""curves.png: losses, entropy, learning rate and speed of a run, drawn from its metrics.csv."""
+"""curves.png: losses, entropy, learning rate, speed, and alarms of a run, drawn from its metrics.csv."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,16 @@ __all__ = ["Curves", "plot_curves"]
 
 Rows = Sequence[Mapping[str, float]]
 
+# what monitors log for every layer
+_BY_LAYER = {
+    "entropy/attention/layer_": "attention entropy / ln(visible keys)",
+    "representation/effective_rank/layer_": "effective rank of representations",
+}
+_ALARM = "collapse/alarm"
+
 
 def plot_curves(rows: Rows, path: str | Path, title: str = "") -> None:
-    """Draw the curves of a run.
+    """Draw the curves of a run; of the monitors and the collapse detector, those that were there.
 
     Args:
         rows: rows of a metrics file, as ``read_metrics`` gives them.
@@ -27,10 +35,14 @@ def plot_curves(rows: Rows, path: str | Path, title: str = "") -> None:
     from matplotlib.figure import Figure
 
     # no pyplot: its global state would interfere with figures of the caller
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    logged = {name for row in rows for name in row}
+    by_layer = [prefix for prefix in _BY_LAYER if any(name.startswith(prefix) for name in logged)]
+    watched = [*by_layer, *([_ALARM] if _ALARM in logged else [])]
+    lines = 2 + (len(watched) + 1) // 2
+    figure = Figure(figsize=(10, 3.25 * lines), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11)
-    losses, entropy, rate, speed = figure.subplots(2, 2).flat
+    losses, entropy, rate, speed, *others = figure.subplots(lines, 2).flat
     _line(losses, rows, "train/loss", "train", color="#4c72b0", alpha=0.8)
     _line(losses, rows, "val/loss", "held out", color="#c44e52", marker="o", markersize=3)
     unigram = [row["data/unigram_entropy"] for row in rows if "data/unigram_entropy" in row]
@@ -45,6 +57,15 @@ def plot_curves(rows: Rows, path: str | Path, title: str = "") -> None:
     _line(speed, rows, "train/tokens_per_second", "", color="#8172b2")
     _finish(speed, "speed [tokens/s]")
     speed.set_ylim(bottom=0)
+    for axes, prefix in zip(others, by_layer, strict=False):
+        _layers(axes, rows, prefix)
+    if _ALARM in logged:
+        _alarms(others[len(by_layer)], rows)
+    for axes in others[len(watched) :]:
+        axes.remove()
+    for axes in (losses, *others[: len(by_layer)]):
+        for step in _cuts(rows):
+            axes.axvline(step, color="0.4", linestyle=":", linewidth=1)
     temporary = Path(path).with_name(f".{Path(path).name}")
     figure.savefig(temporary, dpi=120, format=Path(path).suffix.lstrip(".") or "png")
     temporary.replace(path)
@@ -56,6 +77,45 @@ def _line(axes: Any, rows: Rows, name: str, label: str, **style: Any) -> None:
         steps, values = zip(*points, strict=True)
         # a single point would be invisible as a line
         axes.plot(steps, values, label=label, **({"marker": "o"} if len(points) == 1 else {}) | style)
+
+
+def _layers(axes: Any, rows: Rows, prefix: str) -> None:
+    """A line for each layer, from dark to light."""
+    from matplotlib import colormaps
+
+    layers = sorted({int(name.removeprefix(prefix)) for row in rows for name in row if name.startswith(prefix)})
+    for index, layer in enumerate(layers):
+        # names of many layers would cover the lines
+        label = f"layer {layer}" if len(layers) <= 6 or layer in (layers[0], layers[-1]) else ""
+        color = colormaps["viridis"](0.9 * index / max(1, len(layers) - 1))
+        _line(axes, rows, f"{prefix}{layer}", label, color=color, linewidth=1)
+    _finish(axes, _BY_LAYER[prefix])
+
+
+def _alarms(axes: Any, rows: Rows) -> None:
+    """The level of alarms, and when remedies acted."""
+    _line(axes, rows, _ALARM, "", color="#c44e52", drawstyle="steps-post")
+    marks = {"learning rate cut": ("v", 2.25, _cuts(rows)), "heads scaled down": ("^", 2.5, _clips(rows))}
+    for label, (marker, height, steps) in marks.items():
+        if steps:
+            axes.plot(steps, [height] * len(steps), label=label, color="0.3", marker=marker, linestyle="", markersize=5)
+    axes.set_ylim(-0.1, 2.8)
+    _finish(axes, "alarm")
+    axes.set_yticks([0, 1, 2], ["none", "warning", "critical"])
+
+
+def _cuts(rows: Rows) -> list[float]:
+    """Steps at which an alarm lowered the learning rate."""
+    factors = [(row["step"], row[name]) for row in rows if (name := "train/learning_rate_factor") in row]
+    return [step for (_, before), (step, now) in itertools.pairwise(factors) if now < before]
+
+
+def _clips(rows: Rows) -> list[float]:
+    """Steps at which queries and keys were scaled; a row that repeats what was logged before is none."""
+    names = ("qk_clip/max_logit", "qk_clip/clipped_heads")
+    found = [(row["step"], row[names[0]], row[names[1]]) for row in rows if names[1] in row]
+    before = [None, *(logit for _, logit, _ in found)]
+    return [step for (step, logit, heads), last in zip(found, before, strict=False) if heads > 0 and logit != last]
 
 
 def _finish(axes: Any, label: str) -> None:
