@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 __all__ = ["evaluate"]
 
-_TOKEN = re.compile(r"[0-9]{1,4}(?![0-9])|[-+*/()]")
+_TOKEN = re.compile(r"(?:0|[1-9][0-9]{0,3})(?![0-9])|[-+*/()]")
 _BOND = {"+": 1, "-": 1, "*": 2, "/": 2}
 
 
@@ -35,7 +35,7 @@ class _Node(NamedTuple):
 def evaluate(text: str, most_numbers: int) -> tuple[Fraction, list[int], str]:
     """Evaluate an expression of natural numbers below 10000.
 
-    The work is linear in the length of the text, and numbers stay below 10000^most_numbers.
+    The work is linear in the length of the text, and numbers stay below 10000^(2 most_numbers).
 
     Args:
         text: the expression; spaces are allowed, signs before numbers are not.

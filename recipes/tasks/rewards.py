@@ -46,7 +46,7 @@ class Correctness(Reward):
         progress: reward for a wrong answer's progress, at least 0 and below 1: share of legal moves before the first
             illegal one, or of the sequence that is right.
         processes: how many processes compare mathematical answers.
-        seconds: longest time to compare one; what takes longer is wrong.
+        seconds: most processor time [s] to compare one; what takes longer is wrong.
         memory_mib: most memory [MiB] to compare one.
 
     Raises:

@@ -32,7 +32,7 @@ class RiverCrossing(Puzzle):
         >>> spec = {"size": [2, 2], "start": "aAbB*|", "goal": "|*aAbB", "optimum": 5}
         >>> RiverCrossing.check(spec, "ab a AB A aA").correct
         True
-        >>> RiverCrossing.check(spec, "aA a aB").reason
+        >>> RiverCrossing.check(spec, "aA A aB").reason
         'move 3 (aB) is illegal'
     """
 

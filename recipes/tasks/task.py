@@ -46,7 +46,7 @@ class Limits(NamedTuple):
 
     Attributes:
         processes: how many check at the same time.
-        seconds: longest time for one answer.
+        seconds: most processor time [s] for one answer.
         memory_mib: memory [MiB] for one answer.
     """
 
@@ -117,7 +117,7 @@ def task_class(key: str) -> type[Task]:
     module, _, name = key.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"There is no task {key!r}; a task is named by the dotted path of its class.") from error
     if not (isinstance(found, type) and issubclass(found, Task)):
         raise ValueError(f"{key!r} is no subclass of litropy.recipes.tasks.Task.")

@@ -15,8 +15,8 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Take jobs until standard input ends: ``worker.py FILE FUNCTION SECONDS MEMORY_MIB``."""
-    file, function, seconds, memory_mib = sys.argv[1:]
+    """Take jobs until standard input ends: ``worker.py FILE FUNCTION CPU_SECONDS SECONDS MEMORY_MIB``."""
+    file, function, cpu_seconds, seconds, memory_mib = sys.argv[1:]
     # what a library prints must not get among the results
     results = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -31,9 +31,11 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends this process
     _answer(results, {"ready": True})
     for line in sys.stdin:
-        # the default action of the alarm ends the process even inside of C code, and when the parent is gone
+        # the default action of these alarms ends the process even inside of C code, and when the parent is gone
+        signal.setitimer(signal.ITIMER_PROF, float(cpu_seconds))
         signal.setitimer(signal.ITIMER_REAL, float(seconds))
         result = _run(call, json.loads(line))
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         _answer(results, result)
         if "memory" in result:

@@ -18,6 +18,7 @@ __all__ = ["Failure", "WorkerPool"]
 
 _STARTUP_SECONDS = 120.0
 _GRACE_SECONDS = 2.0
+_CLOCK = 4  # how much longer than its processor time a job may take by the clock
 _LONGEST_RESULT = 2**20
 
 
@@ -42,7 +43,8 @@ class WorkerPool:
         function: top-level function of a file that runs by itself; takes and returns what JSON can say. A function
             ``prepare`` in the same file is called before the first job, outside of the limits.
         processes: how many, at least 1.
-        seconds: longest a job may run.
+        seconds: most processor time [s] for a job, which does not depend on what else the machine does; by the clock
+            it may take four times as long.
         memory_mib: memory [MiB] that jobs may take beyond what the process has after importing the file.
 
     Raises:
@@ -60,11 +62,18 @@ class WorkerPool:
         file = getsourcefile(function)
         assert file is not None, "functions in files only"
         self.processes = processes
-        self.seconds = seconds
+        self.seconds = _CLOCK * seconds
         worker = Path(__file__).with_name("worker.py")
         self._command = [
             sys.executable,
-            *(str(worker), str(Path(file).resolve()), function.__qualname__, str(seconds), str(memory_mib)),
+            *(
+                str(worker),
+                str(Path(file).resolve()),
+                function.__qualname__,
+                str(seconds),
+                str(self.seconds),
+                str(memory_mib),
+            ),
         ]
         self._workers: list[_Worker] = []
         self._owner = os.getpid()
@@ -183,7 +192,7 @@ class _Worker:
             if not self._ready:
                 command = " ".join(map(str, self._process.args))  # type: ignore[arg-type]
                 raise RuntimeError(f"A worker process did not start; run this to see why: {command}")
-            late = late or self._process.returncode == -signal.SIGALRM
+            late = late or self._process.returncode in (-signal.SIGALRM, -signal.SIGPROF)
             return Failure("time limit" if late else "process died")
         answer = json.loads(received)
         if "memory" in answer:
