@@ -23,6 +23,18 @@ sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("helpers", "k
 pytest.register_assert_rewrite("linear_head_problems")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MOST_WORKERS = 4  # each takes 1.5 GB
+
+
+def pytest_xdist_auto_num_workers(config):
+    """A worker a core, none for one file, which is done before they have started, and none where they share a GPU."""
+    if torch.cuda.is_available():
+        return 0
+    paths = [Path(argument.split("::")[0]) for argument in config.args]
+    files = len(set(paths)) if all(path.is_file() for path in paths) else MOST_WORKERS
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(files, cores, MOST_WORKERS)
+    return workers if workers > 1 else 0
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +57,9 @@ def poisoned_empty():
 
 
 def pytest_collection_modifyitems(items):
+    # files with slow tests first, so that no worker is left alone with one; files stay whole, as do their fixtures
+    slow = {item.path for item in items if "slow" in item.keywords}
+    items.sort(key=lambda item: item.path not in slow)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a GPU")
