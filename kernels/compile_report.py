@@ -24,6 +24,9 @@ from litropy.kernels.attention_entropy_triton_kernels import attention_gradient_
 from litropy.kernels.linear_head_ranking_kernels import ranking_kernel
 from litropy.kernels.linear_head_sparse_kernels import input_gradient_kernel, weight_gradient_kernel
 from litropy.kernels.linear_head_triton_kernels import block_kernel, gradient_kernel, statistics_kernel
+from litropy.kernels.rans_stream import LANES
+from litropy.kernels.rans_triton import SEGMENTS_PER_PROGRAM
+from litropy.kernels.rans_triton_kernels import rans_decode_kernel
 from litropy.kernels.tile_configs import attention_tile_config, tile_config
 
 __all__ = ["SHARED_MEMORY_LIMIT", "TARGETS", "CompiledKernel", "compile_kernel", "compile_report", "table"]
@@ -50,6 +53,7 @@ KERNELS: dict[Any, tuple[str, ...]] = {
     weight_gradient_kernel: ("out_ptr", "bias_ptr", "dz_ptr", "input_ptr"),
     attention_statistics_kernel: ("q_ptr", "k_ptr", "bias_ptr"),
     attention_gradient_kernel: ("q_ptr", "k_ptr", "bias_ptr", "da_ptr"),
+    rans_decode_kernel: (),
 }
 _ATTENTION, _HEAD_WIDTH = (attention_statistics_kernel, attention_gradient_kernel), 128
 # arguments that may be tensor descriptors, and which block size their rows have
@@ -59,6 +63,11 @@ _INTEGERS |= dict.fromkeys(
     ("list_ptr", "count_ptr", "order_ptr", "bounds_ptr", "segments_ptr", "key_segments_ptr"), "*i32"
 )
 _INTEGERS |= {"rows_ptr": "*i64", "prefix_ptr": "*i64", "key_mask_ptr": "*u8", "mask_ptr": "*u8"}
+_INTEGERS |= dict.fromkeys(
+    ("divider_ptr", "first_ptr", "second_ptr", "table_ptr", "symbols_ptr", "words_of_ptr", "states_ptr"), "*i32"
+)
+_INTEGERS |= {"output_ptr": "*i64", "words_at_ptr": "*i64", "words_ptr": "*i16", "decoded_ptr": "*u8"}
+_INTEGERS |= {"intact_ptr": "*u8"}
 _NUMBERS = ("scale", "hiding_bias", "softcap", "inv_temperature", "label_smoothing", "z_loss", "top_p")
 # what is 1 in practice, which Triton specialises on at run time as well
 _UNIT_STRIDES = ("stride_d", "stride_w", "stride_qd", "stride_kd", "stride_mask_k", "stride_bias_k")
@@ -78,7 +87,7 @@ class CompiledKernel:
     target: str
     kernel: str
     dtype: str
-    options: str  # "all" optional statistics and gradients, or "none"
+    options: str  # "all" optional statistics and gradients, alphabets of any size, or "none"
     registers: int
     spills: int
     shared_memory: int
@@ -122,6 +131,7 @@ def compile_kernel(kernel: Any, dtype: torch.dtype, target: str, all_options: bo
     blocks: dict[str, int | bool] = {"BLOCK_N": tile.block_n, "BLOCK_V": row_blocks.get(kernel, tile.block_v)}
     blocks |= {"BLOCK_D": tile.block_d, "BLOCK_W": 64, "BLOCK_K": 16, "UPCAST": False, "TMA": tma}
     blocks |= {"BLOCK_R": tile.block_n, "BLOCK_T": tile.block_v, "WIDTH": _HEAD_WIDTH}
+    blocks |= {"ROWS": SEGMENTS_PER_PROGRAM, "BUCKETS": 256 if all_options else 32}
     types, constants = _arguments(kernel, dtype, blocks, all_options)
     aligned = {
         (position,): [["tt.divisibility", 16]]
@@ -129,6 +139,8 @@ def compile_kernel(kernel: Any, dtype: torch.dtype, target: str, all_options: bo
         if types[name].startswith("*") or (name in _ALIGNED and types[name] == "i32")
     }
     warps, stages = (tile.num_warps, tile.num_stages) if tiled else (8 if kernel in row_blocks else 4, 3)
+    if kernel is rans_decode_kernel:
+        warps = SEGMENTS_PER_PROGRAM * LANES // gpu.warp_size
     compiled = triton.compile(
         ASTSource(kernel, types, constexprs=constants, attrs=aligned),
         target=gpu,

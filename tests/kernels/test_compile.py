@@ -16,9 +16,10 @@ from dataclasses import asdict
 import torch
 from litropy.kernels.compile_report import KERNELS, compile_kernel
 from litropy.kernels.linear_head_triton_kernels import gradient_kernel, statistics_kernel
+from litropy.kernels.rans_triton_kernels import rans_decode_kernel
 tiled = (statistics_kernel, gradient_kernel)
 wanted = [(kernel, torch.bfloat16, True) for kernel in KERNELS] + [(kernel, torch.bfloat16, False) for kernel in tiled]
-wanted += [(kernel, torch.float32, True) for kernel in tiled]
+wanted += [(kernel, torch.float32, True) for kernel in tiled] + [(rans_decode_kernel, torch.bfloat16, False)]
 for target in sys.argv[1:]:
     for kernel, dtype, all_options in wanted:
         print(json.dumps(asdict(compile_kernel(kernel, dtype, target, all_options))), flush=True)
@@ -86,7 +87,7 @@ def test_registers_suffice(report, target):
     ],
 )
 def test_half_precision_uses_the_matrix_units(report, target, instruction):
-    row_by_row = ("block_kernel", "ranking_kernel")  # they multiply nothing
+    row_by_row = ("block_kernel", "ranking_kernel", "rans_decode_kernel")  # they multiply no matrices
     for row in of(report, target=target, dtype="bfloat16"):
         assert row["matrix_instruction"] == ("fma" if row["kernel"] in row_by_row else instruction), row
 

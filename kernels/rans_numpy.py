@@ -1,0 +1,38 @@
+"""rANS encoding in NumPy, over all segments and lanes at once.
+
+What the compiled encoder is held to, and what stands in for it where Numba is not installed.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from litropy.kernels.rans_stream import LANES, LOWEST_STATE
+from litropy.kernels.rans_tables import PRECISION, EncodingTables
+from litropy.kernels.tensor_codec_layout import SEGMENT
+from litropy.kernels.tensor_codec_planes import Bytes
+
+__all__ = ["encode_segments"]
+
+
+def encode_segments(
+    symbols: Bytes, tables: EncodingTables
+) -> tuple[NDArray[np.uint16], NDArray[np.uint32], NDArray[np.uint16]]:
+    """Words of each segment [S], states [S, 32] and words of symbols [n]."""
+    segments = -(-symbols.size // SEGMENT)
+    padded = np.zeros(segments * SEGMENT, np.uint8)
+    padded[: symbols.size] = symbols
+    steps = padded.reshape(segments, SEGMENT // LANES, LANES)
+    present = (np.arange(padded.size) < symbols.size).reshape(steps.shape)
+    state = np.full((segments, LANES), LOWEST_STATE, np.uint32)
+    words, written = np.zeros(steps.shape, np.uint16), np.zeros(steps.shape, bool)
+    for step in range(steps.shape[1] - 1, -1, -1):
+        symbol, active = steps[:, step], present[:, step]
+        # an idle lane gets a frequency of 1 so that nothing divides by 0; its state is not used
+        f = np.where(active, tables.frequency[symbol], 1).astype(np.uint32)
+        full = active & (state >> (32 - PRECISION) >= f)
+        words[:, step], written[:, step] = state & 0xFFFF, full
+        shrunk = np.where(full, state >> 16, state)
+        quotient, rank = np.divmod(shrunk, f)
+        slot = tables.slot[(tables.start[symbol] + rank) % len(tables.slot)]
+        state = np.where(active, (quotient << PRECISION) | slot, state)
+    return written.sum((1, 2)).astype(np.uint16), state, words[written]

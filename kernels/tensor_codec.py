@@ -1,0 +1,373 @@
+"""Tensors to compressed bytes and back, bit for bit.
+
+The low entropy of a float is in its exponent: of Gaussian weights it has 2.5 bits where 8 are stored, whatever their
+scale. So words are split into byte planes, and the planes that compress are coded, by Zstandard's Huffman coder or by
+interleaved rANS; the others stay as they are. Against a base, the differences of the integers are coded instead.
+
+    layout and payloads = encode_tensor(tensor)      tensor = decode_tensor(layout and payloads)
+
+Files and checksums are the caller's: a payload may be damaged without it showing, in bytes that are stored as they are.
+"""
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from litropy.kernels.tensor_codec_batch import decode_window, window_chunks
+from litropy.kernels.tensor_codec_choice import choose_coders, sample_ranges
+from litropy.kernels.tensor_codec_chunks import decode_plane, encode_plane, pack_planes, pack_words, parse_payload
+from litropy.kernels.tensor_codec_layout import (
+    CHUNK_BYTES,
+    DTYPES,
+    SEGMENT,
+    Base,
+    Buffer,
+    Codec,
+    EncodedTensor,
+    Impl,
+    TensorLayout,
+    TensorPlan,
+    flat_chunk,
+)
+from litropy.kernels.tensor_codec_planes import merge_planes, numba_loops, split_planes, transform, word_bytes, words
+
+__all__ = [
+    "CHUNK_BYTES", "DTYPES", "Codec", "EncodedTensor", "TensorLayout", "TensorPlan", "decode_chunk", "decode_chunks",
+    "decode_tensor", "encode_chunk", "encode_chunks", "encode_tensor", "flat_chunk", "plan_tensor",
+]  # fmt: skip
+
+_CODECS, _IMPLS = ("auto", "zstd", "rans", "raw"), ("auto", "numba", "torch", "triton")
+
+
+def plan_tensor(
+    tensor: Tensor, *, codec: Codec = "auto", base: Base = None, chunk_bytes: int = CHUNK_BYTES
+) -> TensorPlan:
+    """Look at a sample of a tensor and choose how to code it.
+
+    Args:
+        tensor: of any of ``DTYPES``, any shape, strides and device.
+        codec: "zstd", "rans" or "raw": what the planes that compress are coded by. "auto": by whichever is smaller,
+            rANS where it saves at least 0.25 % of the tensor.
+        base: code differences from this: a tensor of the same dtype and shape, or what gives its chunks by index.
+        chunk_bytes: bytes of the tensor that a chunk holds, rounded down to whole segments of 32,768 elements.
+
+    Returns:
+        The plan; its ``estimated_bytes`` tell whether a base pays.
+
+    Raises:
+        ValueError: when the tensor cannot be coded, or the base does not fit it.
+
+    Example:
+        >>> plan = plan_tensor(torch.randn(1000, 1000, generator=torch.Generator().manual_seed(0)).bfloat16())
+        >>> plan.codec, plan.coders, round(plan.estimated_bytes / plan.layout.nbytes, 2)
+        ('zstd', ('zstd', 'raw'), 0.66)
+    """
+    if codec not in _CODECS:
+        raise ValueError(f"`codec` must be one of {_CODECS}, got {codec!r}.")
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        raise ValueError(
+            f"Only dense tensors that hold data can be coded, got {tensor.layout} of {tensor.dtype} on {tensor.device}."
+        )
+    chunk_elements = max(chunk_bytes // tensor.dtype.itemsize // SEGMENT, 1) * SEGMENT
+    layout = TensorLayout(tensor.dtype, tuple(tensor.shape), base is not None, chunk_elements)
+    verbatim = layout.nbytes + layout.num_chunks
+    if codec == "raw" or not layout.numel:
+        return TensorPlan(layout, "raw", (), verbatim)
+    parts = []
+    for index, slices in sample_ranges(layout):
+        values, others = flat_chunk(tensor, layout, index), _base_chunk(base, layout, index)
+        for part in slices:
+            base_words = None if others is None else words(others[part])
+            parts.append(split_planes(words(values[part]), transform(layout.dtype, layout.delta), base_words))
+    total = layout.nbytes // word_bytes(layout.dtype)
+    coders, estimate = choose_coders(np.concatenate(parts, axis=1), total, codec)
+    if all(coder == "raw" for coder in coders):
+        return TensorPlan(layout, "raw", (), verbatim)
+    chosen: Codec = "rans" if "rans" in coders else "zstd"
+    return TensorPlan(layout, chosen, coders, min(estimate + 30 * layout.num_chunks, verbatim))
+
+
+def encode_chunk(values: Tensor, plan: TensorPlan, *, base: Tensor | None = None) -> bytes:
+    """Code one chunk. Several threads may do so at once; the inputs are only read.
+
+    Args:
+        values: elements of the chunk [n], as ``flat_chunk`` gives them.
+        plan: of the tensor.
+        base: the same chunk of the base, if the plan has one.
+
+    Returns:
+        The payload: at most one byte longer than the chunk.
+
+    Raises:
+        ValueError: when a base is missing, too many, or of another dtype or length.
+
+    Example:
+        >>> ones = torch.ones(40_000)
+        >>> len(encode_chunk(ones, plan_tensor(ones)))
+        25
+    """
+    x = words(values)
+    if not plan.coders:
+        return pack_words(x)
+    others = _fitting(base, plan.layout, len(values))
+    planes = split_planes(x, transform(plan.layout.dtype, plan.layout.delta), None if others is None else words(others))
+    payload = pack_planes([encode_plane(plane, coder) for plane, coder in zip(planes, plan.coders, strict=True)])
+    return payload if len(payload) <= x.nbytes else pack_words(x)
+
+
+def encode_chunks(tensor: Tensor, plan: TensorPlan, *, base: Base = None, threads: int = 1) -> Iterator[bytes]:
+    """The payloads of a tensor, in order, without ever holding more than ``threads`` + 1 of them.
+
+    Args:
+        tensor: what the plan was made for.
+        plan: from ``plan_tensor``.
+        base: as given to ``plan_tensor``.
+        threads: how many chunks are coded at once.
+
+    Yields:
+        One payload a chunk.
+
+    Raises:
+        ValueError: as ``flat_chunk`` and ``encode_chunk`` do.
+    """
+
+    def encode(index: int) -> bytes:
+        others = _base_chunk(base, plan.layout, index) if plan.coders else None
+        return encode_chunk(flat_chunk(tensor, plan.layout, index), plan, base=others)
+
+    return _ordered(encode, range(plan.layout.num_chunks), threads)
+
+
+def encode_tensor(
+    tensor: Tensor, *, codec: Codec = "auto", base: Base = None, chunk_bytes: int = CHUNK_BYTES, threads: int = 1
+) -> EncodedTensor:
+    """Code a tensor.
+
+    Args:
+        tensor: as for ``plan_tensor``, like all but the last.
+        codec: which coders may be taken.
+        base: code differences from this.
+        chunk_bytes: bytes of the tensor that a chunk holds.
+        threads: how many chunks are coded at once.
+
+    Returns:
+        The layout and the payloads.
+
+    Raises:
+        ValueError: when the tensor cannot be coded, or the base does not fit it.
+
+    Example:
+        >>> weight = torch.randn(1000, 1000, generator=torch.Generator().manual_seed(0)).bfloat16()
+        >>> encoded = encode_tensor(weight)
+        >>> round(encoded.nbytes / encoded.layout.nbytes, 2), torch.equal(decode_tensor(encoded), weight)
+        (0.66, True)
+    """
+    plan = plan_tensor(tensor, codec=codec, base=base, chunk_bytes=chunk_bytes)
+    return EncodedTensor(plan.layout, plan.codec, tuple(encode_chunks(tensor, plan, base=base, threads=threads)))
+
+
+def decode_chunk(
+    payload: Buffer,
+    layout: TensorLayout,
+    index: int,
+    *,
+    base: Tensor | None = None,
+    out: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Decode one chunk on a CPU. Several threads may do so at once.
+
+    Args:
+        payload: of the chunk, at any address.
+        layout: of the tensor.
+        index: of the chunk.
+        base: the same chunk of the base, if the layout has one.
+        out: where to decode to: a contiguous CPU tensor of the chunk's length and dtype; without it one is made.
+        impl: of the rANS decoder: "numba", "torch", "triton" (needs the interpreter on a CPU), or "auto": Numba's if it
+            is installed, else PyTorch's.
+
+    Returns:
+        The elements [n].
+
+    Raises:
+        ValueError: when the payload is not of such a chunk or damaged, or base or out do not fit.
+
+    Example:
+        >>> encoded = encode_tensor(torch.arange(5))
+        >>> decode_chunk(encoded.chunks[0], encoded.layout, 0)
+        tensor([0, 1, 2, 3, 4])
+    """
+    start, stop = layout.chunk_range(index)
+    if out is None:
+        out = torch.empty(stop - start, dtype=layout.dtype)
+    elif (out.dtype, out.shape, out.device.type) != (layout.dtype, (stop - start,), "cpu") or not out.is_contiguous():
+        raise ValueError(
+            f"`out` must be a contiguous CPU tensor of {stop - start} {layout.dtype}, "
+            f"got {out.dtype} {tuple(out.shape)} on {out.device}."
+        )
+    resolved = _resolve(impl, out.device)
+    others = _fitting(base, layout, stop - start)
+    if resolved != "numba":
+        decode_window([(index, payload)], layout, [others], out, resolved)
+        return out
+    x = words(out)
+    try:
+        parsed = parse_payload(payload, x.size, x.itemsize)
+        if isinstance(parsed, memoryview):
+            x.view(np.uint8)[:] = np.frombuffer(parsed, np.uint8)
+        else:
+            planes = [decode_plane(plane, x.size) for plane in parsed]
+            merge_planes(planes, transform(layout.dtype, layout.delta), None if others is None else words(others), x)
+    except ValueError as error:
+        raise ValueError(f"Chunk {index} of {layout.num_chunks} cannot be decoded: {error}.") from error
+    return out
+
+
+def decode_chunks(
+    payloads: Iterable[Buffer],
+    layout: TensorLayout,
+    *,
+    base: Base = None,
+    device: torch.device | str = "cpu",
+    impl: Impl = "auto",
+    threads: int = 1,
+) -> Tensor:
+    """Decode a tensor, taking its payloads one by one.
+
+    Args:
+        payloads: one a chunk, in order; a window of them is held at a time.
+        layout: of the tensor.
+        base: what differences were taken from, if the layout says so: a tensor, or what gives its chunks by index.
+        device: where the tensor goes, and where bytes become words again.
+        impl: of the rANS decoder: "triton" (a GPU, or the interpreter), "numba" (a CPU), "torch" (anything), or "auto":
+            the first of these that can.
+        threads: how many chunks a CPU decodes at once.
+
+    Returns:
+        The tensor, contiguous, of memory of its own.
+
+    Raises:
+        ValueError: when a payload is damaged, there are too few or too many, or the base does not fit.
+    """
+    out = torch.empty(layout.shape, dtype=layout.dtype, device=device)
+    flat = out.view(-1)
+    numbered = _counted(payloads, layout)
+    resolved = _resolve(impl, out.device)
+    if resolved != "numba":
+        while window := list(itertools.islice(numbered, window_chunks(layout, out.device))):
+            start, stop = layout.chunk_range(window[0][0])[0], layout.chunk_range(window[-1][0])[1]
+            others = [_base_chunk(base, layout, index) for index, _ in window]
+            decode_window(window, layout, others, flat[start:stop], resolved)
+        return out
+
+    def decode(item: tuple[int, Buffer]) -> None:
+        index, payload = item
+        start, stop = layout.chunk_range(index)
+        decode_chunk(payload, layout, index, base=_base_chunk(base, layout, index), out=flat[start:stop], impl=resolved)
+
+    deque(_ordered(decode, numbered, threads), maxlen=0)
+    return out
+
+
+def decode_tensor(
+    encoded: EncodedTensor,
+    *,
+    device: torch.device | str = "cpu",
+    base: Base = None,
+    impl: Impl = "auto",
+    threads: int = 1,
+) -> Tensor:
+    """Decode a tensor: ``decode_chunks`` of its layout and chunks.
+
+    Args:
+        encoded: from ``encode_tensor``.
+        device: where the tensor goes.
+        base: what differences were taken from.
+        impl: of the rANS decoder.
+        threads: how many chunks a CPU decodes at once.
+
+    Returns:
+        The tensor.
+
+    Raises:
+        ValueError: when a payload is damaged, or the base does not fit.
+
+    Example:
+        >>> old, new = torch.zeros(3), torch.tensor([0.0, float("nan"), -0.0])
+        >>> decode_tensor(encode_tensor(new, base=old), base=old)
+        tensor([0., nan, -0.])
+    """
+    return decode_chunks(encoded.chunks, encoded.layout, base=base, device=device, impl=impl, threads=threads)
+
+
+def _resolve(impl: Impl, device: torch.device) -> Impl:
+    if impl not in _IMPLS:
+        raise ValueError(f"`impl` must be one of {_IMPLS}, got {impl!r}.")
+    if impl == "auto":
+        if device.type == "cpu":
+            return "torch" if numba_loops() is None else "numba"
+        return "triton" if device.type == "cuda" else "torch"
+    if impl == "numba" and (device.type != "cpu" or numba_loops() is None):
+        raise ValueError(f"`impl='numba'` needs a CPU and the package numba, but decodes on {device.type}. Use 'auto'.")
+    if impl == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"`impl='triton'` needs a GPU, but decodes on {device.type}. Use impl='auto', or set TRITON_INTERPRET=1 "
+            "before Python starts to run the kernels in Triton's interpreter (slow, for tests)."
+        )
+    return impl
+
+
+def _base_chunk(base: Base, layout: TensorLayout, index: int) -> Tensor | None:
+    """A chunk of the base."""
+    chunk = flat_chunk(base, layout, index) if isinstance(base, Tensor) else base and base(index)
+    start, stop = layout.chunk_range(index)
+    return _fitting(chunk, layout, stop - start)
+
+
+def _fitting(base: Tensor | None, layout: TensorLayout, length: int) -> Tensor | None:
+    """A base's chunk, on a CPU; it must be there if and only if the layout says so."""
+    if (base is not None) != layout.delta:
+        needed = "with a base: give the same one" if layout.delta else "without a base: give none"
+        raise ValueError(f"The tensor was coded {needed}.")
+    if base is None:
+        return None
+    if base.dtype != layout.dtype or base.shape != (length,):
+        raise ValueError(
+            f"A chunk of the base has {base.dtype} and shape {tuple(base.shape)}, the tensor's {layout.dtype} and "
+            f"{(length,)}."
+        )
+    return base.detach().cpu().contiguous()
+
+
+def _counted(payloads: Iterable[Buffer], layout: TensorLayout) -> Iterator[tuple[int, Buffer]]:
+    """Payloads with their chunk's index; ValueError where there are too few or too many."""
+    count = 0
+    for count, payload in enumerate(payloads, 1):
+        if count > layout.num_chunks:
+            break
+        yield count - 1, payload
+    if count != layout.num_chunks:
+        came = "more" if count > layout.num_chunks else count
+        raise ValueError(f"A tensor of {layout.num_chunks} chunks came with {came} payloads.")
+
+
+def _ordered(function: Callable[[Any], Any], items: Iterable[Any], threads: int) -> Iterator[Any]:
+    """Results in order, of at most ``threads`` items at once."""
+    if threads <= 1:
+        yield from map(function, items)
+        return
+    waiting: deque[Future[Any]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

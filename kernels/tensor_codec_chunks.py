@@ -1,0 +1,155 @@
+"""A chunk's payload: its words as they are, or its byte planes, each coded by whatever suits it.
+
+A payload begins with a byte that says which; all numbers are little-endian:
+
+    0x00    the words follow
+    0x01    for each plane, most significant first, u8 method and u32 bytes; then those bytes
+
+    method    bytes
+    0 raw     [n]
+    1 same    [1], n times
+    2 zstd    one Zstandard frame that says its content size, n, and needs no dictionary
+    3 rans    a stream of ``rans_stream``
+"""
+
+import struct
+import threading
+from typing import NamedTuple
+
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+
+from litropy.kernels.rans_stream import encode_rans, parse_stream
+from litropy.kernels.tensor_codec_layout import Buffer, Coder
+from litropy.kernels.tensor_codec_planes import Bytes, Words
+
+__all__ = ["RANS", "Plane", "decode_plane", "encode_plane", "pack_planes", "pack_words", "parse_payload", "zstd_bytes"]
+
+_WORDS, _PLANES = b"\x00", b"\x01"
+RAW, SAME, ZSTD, RANS = range(4)
+_ENTRY = struct.Struct("<BI")
+# of ``zstd``, with next to no search for matches: what remains is Huffman coding, its tables made anew every 128 KiB
+_LITERALS = {"window_log": 17, "hash_log": 6, "min_match": 7, "strategy": zstandard.STRATEGY_FAST}
+_MATCH_LEVEL = 3
+_threads = threading.local()
+
+
+class Plane(NamedTuple):
+    """A coded plane."""
+
+    method: int
+    data: Buffer
+
+
+def _compressor(coder: Coder) -> zstandard.ZstdCompressor:
+    """This thread's own: compressors are not to be shared."""
+    if not hasattr(_threads, coder):
+        parameters = (
+            zstandard.ZstdCompressionParameters(**_LITERALS)
+            if coder == "zstd"
+            else zstandard.ZstdCompressionParameters.from_level(_MATCH_LEVEL)
+        )
+        setattr(_threads, coder, zstandard.ZstdCompressor(compression_params=parameters))
+    compressor: zstandard.ZstdCompressor = getattr(_threads, coder)
+    return compressor
+
+
+def zstd_bytes(plane: Bytes, coder: Coder) -> bytes:
+    """A Zstandard frame."""
+    return _compressor(coder).compress(plane.data)
+
+
+def encode_plane(plane: Bytes, coder: Coder) -> Plane:
+    """Code a plane [n], n > 0, by what the plan says, or by less where that is smaller."""
+    if plane[0] == plane[-1] and (plane == plane[0]).all():
+        return Plane(SAME, plane[:1].data)
+    if coder != "raw":
+        coded = Plane(RANS, encode_rans(plane)) if coder == "rans" else Plane(ZSTD, zstd_bytes(plane, coder))
+        if len(coded.data) < plane.size:
+            return coded
+    return Plane(RAW, plane.data)
+
+
+def pack_words(words: Words) -> bytes:
+    """A payload of words as they are."""
+    return b"".join([_WORDS, words.data])
+
+
+def pack_planes(planes: list[Plane]) -> bytes:
+    """A payload of coded planes."""
+    head = [_ENTRY.pack(plane.method, len(plane.data)) for plane in planes]
+    return b"".join([_PLANES, *head, *(plane.data for plane in planes)])
+
+
+def parse_payload(payload: Buffer, count: int, word_bytes: int) -> memoryview | list[Plane]:
+    """The words of a chunk as they are, or its planes.
+
+    Args:
+        payload: of the chunk.
+        count: words of the chunk.
+        word_bytes: planes of the chunk.
+
+    Raises:
+        ValueError: when it is not the payload of such a chunk.
+    """
+    data = memoryview(payload).cast("B")
+    if len(data) > count * word_bytes + 1:
+        raise ValueError(f"{len(data)} bytes are more than {count} words of {word_bytes} bytes can take")
+    kind, rest = bytes(data[:1]), data[1:]
+    if kind == _WORDS:
+        if len(rest) != count * word_bytes:
+            raise ValueError(f"{len(rest)} bytes are not {count} words of {word_bytes} bytes")
+        return rest
+    if kind != _PLANES:
+        raise ValueError(f"it starts with {kind!r}, which no packing does: {_WORDS!r} and {_PLANES!r} are allowed")
+    head, rest = rest[: word_bytes * _ENTRY.size], rest[word_bytes * _ENTRY.size :]
+    if len(head) < word_bytes * _ENTRY.size:
+        raise ValueError(f"{len(data)} bytes are too few to list {word_bytes} planes")
+    planes = []
+    for method, size in _ENTRY.iter_unpack(head):
+        if size > len(rest):
+            raise ValueError(f"a plane of {size} bytes is listed where {len(rest)} are left")
+        expected = {RAW: count, SAME: 1}.get(method, size)
+        if method > RANS or size != expected:
+            raise ValueError(f"a plane of method {method} has {size} bytes; methods are 0 to {RANS}, {count} symbols")
+        planes.append(Plane(method, rest[:size]))
+        rest = rest[size:]
+    if len(rest):
+        raise ValueError(f"{len(rest)} bytes are left over")
+    return planes
+
+
+def decode_plane(plane: Plane, count: int) -> Bytes:
+    """The bytes of a plane [n]; rANS by the compiled decoder.
+
+    Raises:
+        ValueError: when it is damaged.
+    """
+    if plane.method == RAW:
+        return np.frombuffer(plane.data, np.uint8)
+    if plane.method == SAME:
+        return np.full(count, plane.data[0], np.uint8)
+    if plane.method == ZSTD:
+        return _decode_zstd(plane.data, count)
+    from litropy.kernels.rans_numba import decode_stream
+
+    out = np.empty(count, np.uint8)
+    decode_stream(parse_stream(plane.data, count), out)
+    return out
+
+
+def _decode_zstd(data: Buffer, count: int) -> NDArray[np.uint8]:
+    if not hasattr(_threads, "decompressor"):
+        _threads.decompressor = zstandard.ZstdDecompressor()
+    try:
+        # before anything of that size is allocated
+        stated = zstandard.get_frame_parameters(data).content_size
+        if stated != count:
+            raise ValueError(f"a Zstandard frame says it holds {stated} bytes, not {count}")
+        content = _threads.decompressor.decompress(data, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise ValueError(f"a Zstandard frame is damaged: {error}") from error
+    if len(content) != count:
+        raise ValueError(f"a Zstandard frame holds {len(content)} bytes, not {count}")
+    return np.frombuffer(content, np.uint8)

@@ -1,0 +1,92 @@
+"""Loops over words and bytes, compiled by Numba when they are first called, and kept on disk for later processes.
+
+They release the GIL. Sizes are the callers' to check: Numba checks no index.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+__all__ = ["histogram", "merge", "split"]
+
+# words between memory and the planes, which stay in the first cache
+_BLOCK = 2048
+_ROTATE, _ZIGZAG = 1, 2
+
+
+# slices instead of offsets, here and below: an index that cannot be negative lets the loops become vector instructions
+@njit(nogil=True, cache=True, error_model="numpy")
+def split(x: Any, kind: int, base: Any, planes: Any) -> None:
+    """Words [n] to planes [bytes, n]; a base of size 0 stands for zeros."""
+    width = planes.shape[0]
+    top = 8 * width - 1
+    scratch = np.empty(_BLOCK, x.dtype)
+    for start in range(0, x.size, _BLOCK):
+        block = x[start : start + _BLOCK]
+        r = scratch[: block.size]
+        if kind == _ROTATE:
+            for i in range(r.size):
+                r[i] = (block[i] << 1) | (block[i] >> top)
+        elif kind == _ZIGZAG and base.size:
+            other = base[start : start + _BLOCK]
+            for i in range(r.size):
+                r[i] = block[i] - other[i]
+        else:
+            for i in range(r.size):
+                r[i] = block[i]
+        if kind == _ZIGZAG:
+            for i in range(r.size):
+                r[i] = (r[i] << 1) ^ -(r[i] >> top)
+        for k in range(width):
+            shift = 8 * (width - 1 - k)
+            plane = planes[k, start : start + _BLOCK]
+            for i in range(r.size):
+                plane[i] = r[i] >> shift
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def merge(planes: Any, kind: int, base: Any, out: Any) -> None:
+    """Planes, a tuple of arrays [n], to words [n]."""
+    width = len(planes)
+    top = 8 * width - 1
+    scratch = np.empty(_BLOCK, out.dtype)
+    for start in range(0, out.size, _BLOCK):
+        block = out[start : start + _BLOCK]
+        r = scratch[: block.size]
+        plane = planes[0][start : start + _BLOCK]
+        for i in range(r.size):
+            r[i] = plane[i]
+        for k in range(1, width):
+            plane = planes[k][start : start + _BLOCK]
+            for i in range(r.size):
+                r[i] = (r[i] << 8) | plane[i]
+        if kind == _ROTATE:
+            for i in range(r.size):
+                block[i] = (r[i] >> 1) | (r[i] << top)
+        elif kind == _ZIGZAG:
+            for i in range(r.size):
+                block[i] = (r[i] >> 1) ^ -(r[i] & 1)
+            if base.size:
+                other = base[start : start + _BLOCK]
+                for i in range(r.size):
+                    block[i] += other[i]
+        else:
+            for i in range(r.size):
+                block[i] = r[i]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def histogram(symbols: Any) -> Any:
+    """How often each byte occurs, [256] int64."""
+    # four tables: equal neighbours need not wait for each other
+    counts = np.zeros((4, 256), np.int64)
+    whole = symbols.size // 4 * 4
+    for i in range(0, whole, 4):
+        counts[0, symbols[i]] += 1
+        counts[1, symbols[i + 1]] += 1
+        counts[2, symbols[i + 2]] += 1
+        counts[3, symbols[i + 3]] += 1
+    for i in range(whole, symbols.size):
+        counts[0, symbols[i]] += 1
+    return counts.sum(0)
