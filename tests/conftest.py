@@ -7,8 +7,8 @@ from pathlib import Path
 # before torch is imported: one thread a process, as there is a worker for each core; those who wait leave the core
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 torch.set_num_threads(1)
 
