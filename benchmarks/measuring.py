@@ -57,22 +57,34 @@ def _status_kib(field: str) -> int:
         return next(int(line.split()[1]) for line in file if line.startswith(field))
 
 
-def peak_extra_bytes(run: Callable[[], object], device: str) -> int:
-    """How far memory rises above its level before ``run``; on a CPU: this process's resident set (Linux only)."""
+def watch_peak(device: str) -> Callable[[], int]:
+    """Watch memory from now on; what this returns says how many bytes it has risen above its present level at most.
+
+    On a CPU: this process's resident set (Linux only).
+    """
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        allocated = torch.cuda.memory_allocated()
+
+        def risen() -> int:
+            torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated() - allocated
+
+        return risen
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # resets VmHWM
     before = _status_kib("VmRSS")
+    return lambda: 1024 * (_status_kib("VmHWM") - before)
+
+
+def peak_extra_bytes(run: Callable[[], object], device: str) -> int:
+    """How far memory rises above its level before ``run``."""
+    risen = watch_peak(device)
     run()
-    return 1024 * (_status_kib("VmHWM") - before)
+    return risen()
 
 
 def true_gradients(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[float, Tensor, Tensor]:

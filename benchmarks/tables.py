@@ -104,6 +104,34 @@ def quickstart_step(record: Record) -> str:
     return f"{table(['training step', 'median ms', 'MiB'], rows)}\n\n{caption}"
 
 
+def monitor_cost(record: Record) -> str:
+    """What each monitor adds to a step."""
+    header = ["", "probes", "probe, ms", "standard error", "between, ms", "amortised, ms", "of a step", "MiB"]
+    rows = []
+    for result in record["results"]:
+        every = result.get("every_n_steps")
+        between = result.get("between_probes_ms")
+        rows.append(
+            [
+                result["name"],
+                f"1 in {every}" if every else "",
+                number(result["probe_extra_ms"]),
+                number(result["probe_extra_error_ms"]),
+                "" if between is None else f"{between:.2f}",
+                f"{result['amortised_ms']:.2f}",
+                f"{result['amortised_share']:.2%}",
+                number(result["peak_extra_mib"]),
+            ]
+        )
+    caption = (
+        f"{record['model']}, {record['parameters'] / 1e6:.0f} M parameters, {record['batch_size']} x"
+        f" {record['sequence_length']} tokens, fp32; a step without monitors takes {number(record['step_ms'])} ms."
+        f" A heat-map takes {number(record['heatmap_ms'])} ms, once in 2,000 steps at most. MiB is peak memory beyond"
+        " that of an unwatched step."
+    )
+    return f"{table(header, rows, texts=2)}\n\n{caption}"
+
+
 def survival(record: Record) -> str:
     """The share of tiles that survive, for every order of the vocabulary and every tile."""
     cases, tolerances = record["cases"], record["tolerances"]
