@@ -36,15 +36,16 @@ class QKClip(Callback):
     of 10 to 20, or ``SigmaReparam``. Layers that normalise queries or keys are left alone: the norm would undo the
     scaling.
 
-    As one of a ``CollapseDetector``'s actions it clips once after each alarm, with the logits of the step that follows;
+    As one of a ``CollapseDetector``'s actions it clips after each of the ``alarm_steps`` steps that follow an alarm;
     else after every step. Logs ``qk_clip/max_logit``, the largest logit of all heads before clipping, and
     ``qk_clip/clipped_heads``. Measuring all rows costs about half of attention's forward pass; compiled models break
-    their graph at attention.
+    their graph at attention, and run uncompiled in the steps that follow an alarm.
 
     Args:
         tau: the largest logit that is left alone.
         rows: query rows of each sequence to measure, evenly spaced; None takes all.
         level: lowest level of alarms to act on: 1 or 2.
+        alarm_steps: for how many optimiser steps an alarm makes it clip.
 
     Raises:
         ValueError: if an option is out of its range; in the first step, if no attention is seen, or a layer's weights
@@ -57,16 +58,21 @@ class QKClip(Callback):
     Reference: Kimi Team 2025, "Kimi K2: Open Agentic Intelligence", section 2.1, algorithm 1.
     """
 
-    def __init__(self, tau: float = 100.0, rows: int | None = None, level: Literal[1, 2] = 2) -> None:
+    def __init__(
+        self, tau: float = 100.0, rows: int | None = None, level: Literal[1, 2] = 2, alarm_steps: int = 1
+    ) -> None:
         if not tau > 0:
             raise ValueError(f"`tau` is {tau}; it must be positive.")
         if rows is not None and rows < 1:
             raise ValueError(f"`rows` is {rows}; it must be at least 1, or None for all.")
+        if alarm_steps < 1:
+            raise ValueError(f"`alarm_steps` is {alarm_steps}; it must be at least 1.")
         self.tau = tau
         self.rows = rows
         self.level = level
+        self.alarm_steps = alarm_steps
         self._on_alarm = False
-        self._armed = False
+        self._steps_left = 0
         self._watching = False
         self._handles: list[RemovableHandle] = []
         self._open = ExitStack()
@@ -86,8 +92,9 @@ class QKClip(Callback):
         return self._generate_state_key(tau=self.tau)
 
     def act(self, alarm: Alarm, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Clip after the next optimiser step."""
-        self._armed = self._armed or alarm.level >= self.level
+        """Clip after the next optimiser steps."""
+        if alarm.level >= self.level:
+            self._steps_left = self.alarm_steps
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """See whether this is an alarm's remedy."""
@@ -120,9 +127,9 @@ class QKClip(Callback):
         self._watching = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """After an alarm, watch the attention of one optimiser step; and of the first, to see if it can be clipped."""
+        """After an alarm, watch the attention of some steps; and of the very first, to see if it can be clipped."""
         self._seen = set()
-        due = self._armed or not self._agreed
+        due = self._steps_left > 0 or not self._agreed
         if due and not self._watching and batch_idx % trainer.accumulate_grad_batches == 0:
             if is_compiled(pl_module.modules()):
                 self._open.enter_context(uncompiled())
@@ -182,7 +189,7 @@ class QKClip(Callback):
         if not self._agreed:
             self._agree(pl_module)
         heads = {name: number for name, number in self._heads.items() if self._weights[name]}
-        if heads and (self._armed or not self._on_alarm):
+        if heads and (self._steps_left or not self._on_alarm):
             nothing = torch.full((max(heads.values()),), -torch.inf, device=pl_module.device)
             largest = torch.cat([self._max_logits.get(name, nothing[:number]) for name, number in heads.items()])
             if _num_ranks() > 1:
@@ -195,8 +202,9 @@ class QKClip(Callback):
             self._metrics = {"qk_clip/max_logit": largest.max(), "qk_clip/clipped_heads": clipped}
         self._max_logits = {}
         if self._on_alarm:
-            self._armed = False
-            self._unwatch()
+            self._steps_left = max(0, self._steps_left - 1)
+            if not self._steps_left:
+                self._unwatch()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -225,12 +233,12 @@ class QKClip(Callback):
         self._close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether an alarm waits for its step."""
-        return {"armed": self._armed}
+        """For how many steps the last alarm still holds."""
+        return {"steps_left": self._steps_left}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self._armed = state_dict["armed"]
+        self._steps_left = state_dict["steps_left"]
 
 
 def _num_ranks() -> int:

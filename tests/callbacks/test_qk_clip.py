@@ -279,6 +279,21 @@ def test_as_an_action_it_clips_once_an_alarm():
     assert logits[6].max() < 20.01
 
 
+def test_an_alarm_may_hold_for_several_steps():
+    def first_layer(alarm_steps):
+        clip = QKClip(tau=20.0, alarm_steps=alarm_steps)
+        logits, _, _ = watch([runs.Alarms([clip], steps=[0])], 6, Same(period=2))
+        assert not _patches
+        return logits[::2].amax(1), clip
+
+    once, _ = first_layer(1)
+    twice, clip = first_layer(2)
+    # the other batch has larger logits in some head than the one that was clipped by
+    assert max(once[2:]) > 20.5
+    assert max(twice[3:]) < 20.01
+    assert clip.state_dict() == {"steps_left": 0}
+
+
 def test_an_alarm_that_waits_survives_a_checkpoint(tmp_path):
     alarms = runs.Alarms([QKClip(tau=20.0)], steps=[1])
     _, _, trainer = watch([alarms], 2)
