@@ -24,6 +24,8 @@ class DynamicSampling(DataSelection):
     Reference: DAPO (arXiv 2503.14476), equation 11.
     """
 
+    keeps_rest = False  # for the next round
+
     def __init__(self, groups: int, low: float = 0.0, high: float = 1.0, max_batches: int = 10) -> None:
         if groups < 1 or max_batches < 1:
             raise ValueError(f"`groups` ({groups}) and `max_batches` ({max_batches}) must be at least 1.")
@@ -43,7 +45,8 @@ class DynamicSampling(DataSelection):
         if len(count) < self.groups and self._batches < self.max_batches:
             return None
         chosen = self._kept[(index < self.groups).nonzero()[:, 0]]
-        self._kept, self._batches = None, 0
+        rest = self._kept[(index >= self.groups).nonzero()[:, 0]]
+        self._kept, self._batches = rest if self.keeps_rest and len(rest) else None, 0
         return chosen
 
     def state_dict(self) -> dict[str, Any]:

@@ -32,14 +32,42 @@ CASES = {
     "mis": lambda: {"mismatch": s.MaskedImportance(0.8, 1.3)},
     "forking_tokens": lambda: {"masks": [s.ForkingTokens(0.2)], "aggregation": s.TokenMean()},
     "clip_cov": lambda: {"masks": [s.ClipCov(0.1, 0.05, 5.0)], "aggregation": s.TokenMean()},
+    "pear": lambda: {"shaping": [s.PEAR([5])]},
+    "ares_reward": lambda: {"shaping": [s.ARESReward(2, 0.5, 0.5)]},
+    "bucket_kl": lambda: {"penalties": [s.BucketKL(0.2, 0.1, 0.05, rate=5.0, width=2, quantile=0.5)]},
+    "bucket_kl_released": lambda: {"penalties": [s.BucketKL(0.2, 0.1, 0.05, rate=5.0, released=True)]},
+    "siren": lambda: {"regularisers": [s.SIREN(0.1, 0.6, 0.5)]},
+    "siren_released": lambda: {"regularisers": [s.SIREN(0.1, 0.8, 0.5, released=True)]},
+    "ter": lambda: {"regularisers": [s.TER()]},
+    "tea": lambda: {"regularisers": [s.TEA(1.0, 0.5)], "aggregation": s.TokenMean()},
+    "steer": lambda: {"weights": [s.STEER()], "aggregation": s.TokenMean()},
+    "steer_exact": lambda: {"weights": [s.STEER(exact=True)], "aggregation": s.TokenMean()},
+    "steer_released": lambda: {"weights": [s.STEER(0.8, released=True)], "aggregation": s.TokenMean()},
+    "advantage_redistribution": lambda: {"weights": [s.AdvantageRedistribution()], "aggregation": s.TokenMean()},
+    "mastered_tokens": lambda: {"masks": [s.MasteredTokens(0.1, 2.3)], "aggregation": s.TokenMean()},
+    "ce_gppo": lambda: {"clip": s.CEGPPO(dual=1.6), "aggregation": s.TokenMean()},
+    "adaptive_clip": lambda: {"clip": s.AdaptiveClip(), "aggregation": s.TokenMean()},
+    "token_group_average": lambda: {"advantage": s.TokenGroupAverage(), "aggregation": s.TokenMean()},
+    "pshw": lambda: {"advantage": s.PSHW(), "aggregation": s.SequenceSum()},
+    "entropy_advantage": lambda: {"advantage_shaping": [s.EntropyAdvantage()]},
 }
 
 # those whose loss has no part that is held constant on purpose, so that its slope is its gradient
-SMOOTH = ["grpo", "dr_grpo", "rloo", "clip_higher", "dual_clip", "unclipped", "k1", "k2", "k3", "bonus", "tis", "mis"]
+SMOOTH = [
+    *("grpo", "dr_grpo", "rloo", "clip_higher", "dual_clip", "unclipped", "k1", "k2", "k3", "bonus", "tis", "mis"),
+    *("ter", "pshw", "token_group_average"),
+]
 
 
 def methods(name):
     return Methods.of(**CASES[name]())
+
+
+def shaped(made, rollouts):
+    """The responses with the rewards that the methods make of theirs."""
+    for shaping in made.shaping:
+        rollouts = replace(rollouts, reward=shaping.shape(rollouts))
+    return rollouts
 
 
 def wanted(made):
@@ -49,6 +77,7 @@ def wanted(made):
 def gradients(policy, made, rollouts, micro_batch_size, unchanged=False):
     """This rank's gradient of one update as a vector, the objective, and the mini-batch that the methods saw."""
     policy.zero_grad()
+    rollouts = shaped(made, rollouts)
     found, seen = accumulate_gradients(
         policy, made, rollouts, made.advantages(rollouts),
         wanted=wanted(made), micro_batch_size=micro_batch_size, unchanged=unchanged,

@@ -1,0 +1,54 @@
+"""Top-H sampling."""
+
+import torch
+from torch import Tensor
+
+from litropy.recipes.steering.sampler import Sampler, keep_at_least_one
+
+__all__ = ["TopH"]
+
+_RELEASED_CANDIDATES = 100
+
+
+class TopH(Sampler):
+    """Draws from the largest set of likeliest tokens whose entropy is at most a share of the whole's.
+
+    ``H(q) <= alpha H(p)``, q being p on the set, divided by its mass m: ``H(q) = log m - sum p log p / m``, which only
+    grows with the set.
+
+    Args:
+        share: alpha, in (0, 1].
+        temperature: of the softmax, taken before.
+        released: compare ``-sum p log p`` over the set in place of its entropy, among the 100 likeliest tokens, as the
+            authors' code and Hugging Face's ``TopHLogitsWarper`` do; this keeps more tokens.
+
+    Raises:
+        ValueError: if an option is out of its range.
+
+    Example::
+
+        >>> TopH(share=0.4).truncate(torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()).exp()
+        tensor([[0.5000, 0.0000, 0.0000, 0.0000]])
+
+    Reference: Top-H (arXiv 2509.02510), algorithm 1.
+    """
+
+    def __init__(self, share: float = 0.4, temperature: float = 1.0, released: bool = False) -> None:
+        super().__init__(temperature)
+        if not 0 < share <= 1:
+            raise ValueError(f"`share` is {share}; it must be in (0, 1].")
+        self.share, self.released = share, released
+
+    def truncate(self, logits: Tensor) -> Tensor:
+        """Drop what comes after the last token that fits."""
+        count = min(_RELEASED_CANDIDATES, logits.shape[-1]) if self.released else logits.shape[-1]
+        top, order = logits.topk(count, -1)
+        logprob = top.log_softmax(-1)
+        terms = torch.where(logprob > -torch.inf, -logprob.exp() * logprob, 0)
+        entropy = terms.cumsum(-1)
+        whole = entropy[:, -1:]
+        if not self.released:
+            mass = logprob.exp().cumsum(-1)
+            entropy = mass.log() + entropy / mass
+        dropped = torch.ones_like(logits, dtype=torch.bool).scatter(-1, order, entropy > self.share * whole)
+        return keep_at_least_one(logits, dropped)
