@@ -394,6 +394,7 @@ class RLVR(LanguageModel):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from there; methods that the checkpoint does not know start anew."""
         super().on_load_checkpoint(checkpoint)
-        if found := checkpoint.get("rlvr"):
+        found = checkpoint.get("rlvr")
+        if found and self._trainer is not None:  # a model that is loaded alone has none of the methods
             self._rounds = found["rounds"]
             load_states(self._components(), found["states"])

@@ -71,8 +71,6 @@ def check_trainer(trainer: Trainer) -> None:
             f"precision is {trainer.precision!r}; half-precision ratios and scaled losses would bias the update."
             f" Choose one of {', '.join(_PRECISIONS)}."
         )
-    if trainer.accumulate_grad_batches != 1:
-        raise ValueError("`accumulate_grad_batches` has no meaning here; set `mini_batch_size` of the model instead.")
 
 
 def without_sync(model: Any) -> AbstractContextManager[None]:

@@ -103,6 +103,11 @@ class RolloutBatch:
         _, index, count = torch.unique(self.group, return_inverse=True, return_counts=True)
         return index, count
 
+    def bessel(self) -> Tensor:
+        """``G / (G - 1)`` for each row's group of G, [R]; 1 for a group of one."""
+        index, count = self.group_index()
+        return (count.to(self.reward.dtype) / (count - 1).clamp(min=1))[index]
+
     def group_mean(self, values: Tensor) -> Tensor:
         """Mean of ``values`` [R] over each row's group, [R]."""
         index, count = self.group_index()

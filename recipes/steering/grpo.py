@@ -25,6 +25,5 @@ class GRPO(Advantage):
     def advantages(self, batch: RolloutBatch) -> Tensor:
         """``(R_i - mean) / (std + eps)``, [R, 1]."""
         centred = batch.centred_reward()
-        index, count = batch.group_index()
-        variance = batch.group_mean(centred.square()) * (count / (count - 1).clamp(min=1))[index]
+        variance = batch.group_mean(centred.square()) * batch.bessel()
         return (centred / (variance.sqrt() + self.eps))[:, None]

@@ -16,6 +16,4 @@ class RLOO(Advantage):
 
     def advantages(self, batch: RolloutBatch) -> Tensor:
         """``G / (G - 1) (R_i - mean)``, [R, 1]."""
-        index, count = batch.group_index()
-        scale = (count / (count - 1).clamp(min=1))[index]
-        return (scale * batch.centred_reward())[:, None]
+        return (batch.bessel() * batch.centred_reward())[:, None]

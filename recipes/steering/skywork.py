@@ -31,7 +31,7 @@ class SkyworkController(Controller):
 
     def increment(self, error: Tensor) -> Tensor:
         """One step towards the target."""
-        return torch.where(error > 0, self.step, -self.step).to(error.dtype)
+        return torch.where(error > 0, 1, -1).to(error.dtype) * self.step
 
     def coefficient(self, entropy: Tensor) -> Tensor:
         """The integral, while the entropy is not above the target."""

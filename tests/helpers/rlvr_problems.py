@@ -1,7 +1,7 @@
 """Shared by the tests of RLVR: a model of width 32, a tokenizer of single characters, and sums to a target."""
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
@@ -10,6 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from litropy.losses import HeadStats
 from litropy.recipes.causal_lm import CausalLM
 from litropy.recipes.rlvr_samples import Reward, RewardResult, Sample
+from litropy.recipes.rlvr_sampling import Generation, RolloutEngine
+from litropy.recipes.steering import ForkingTokens, ReferenceKL, TokenMean
 from litropy.recipes.steering.batch import RolloutBatch
 
 CHARACTERS = "0123456789+= "
@@ -63,10 +65,15 @@ class Sums(LightningDataModule):
 
 
 class Metrics(Callback):
-    """Keeps what was logged after each batch."""
+    """Keeps what was logged after each batch; may write a checkpoint after an epoch, and end training."""
 
-    def __init__(self):
-        self.rows = []
+    def __init__(self, stop=None):
+        self.rows, self.stop = [], stop
+
+    def on_train_epoch_end(self, trainer, module):
+        if self.stop is not None:
+            trainer.save_checkpoint(self.stop)
+            trainer.should_stop = True
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.rows.append({name: float(value) for name, value in trainer.callback_metrics.items()})
@@ -121,3 +128,35 @@ def rollouts(groups=4, size=4, width=7, prompt=5, vocabulary=16, reference=True,
         stats=HeadStats(logprob=old, entropy=draw(rows, width).abs() * mask, varentropy=draw(rows, width).abs() * mask),
         reference=(old + 0.2 * draw(rows, width)) * mask if reference else None,
     )
+
+
+class Scripted(RolloutEngine):
+    """Responses that depend on the prompt alone, whatever the rank."""
+
+    def generate(self, policy, request, sampler):
+        rows, steps = request.prompts.repeat_interleave(request.group_size, 0), torch.arange(4)
+        place = torch.arange(len(rows)) % request.group_size
+        responses = 3 + (rows.sum(-1, keepdim=True) + place[:, None] * (steps + 1) + steps**2) % 13
+        mask = steps < 1 + place[:, None] % 4
+        ones = torch.ones(mask.shape)
+        return Generation(responses * mask, mask, -2.0 * mask, ones, torch.zeros(len(rows), dtype=torch.bool))
+
+
+class Digits(Reward):
+    def __call__(self, samples, responses):
+        return [RewardResult(float(sum(map(ord, r)) % 5), len(r) > 2, r) for r in responses]
+
+
+def scripted_run(module_class, data, strategy, ranks):
+    """Train with scripted responses; weights and the last metrics."""
+    seed_everything(3, verbose=False)
+    module = module_class(
+        config=CONFIG, pad_vocab_to=1, learning_rate=0.01, eps=1e-2, group_size=4, mini_batch_size=3, epochs=2,
+        micro_batch_size=5, engine=Scripted(), reward=Digits(), warm_start_steps=1, reference="frozen",
+        masks=[ForkingTokens(0.5)], penalties=[ReferenceKL(0.1)], aggregation=TokenMean(),
+    )  # fmt: skip
+    metrics = Metrics()
+    made = trainer(devices=ranks, strategy=strategy, callbacks=[metrics], limit_val_batches=0)
+    made.fit(module, datamodule=data)
+    weights = {name: value.clone() for name, value in module.model.state_dict().items()}
+    return {"weights": weights, "logged": metrics.rows[-1]}
