@@ -33,8 +33,8 @@ from typing import Any
 
 import torch
 from collapse_models import TinyLM, batches, labels_of, sequences, tiny_decoder
-from collapse_record import AlarmTimes, Recorder, loss_shows, means
-from collapse_scenarios import SCENARIOS
+from collapse_record import EVERY, AlarmTimes, Recorder, loss_shows, means
+from collapse_scenarios import SCENARIOS, described
 from lightning.pytorch import Trainer
 from machine import commit, describe, slug
 
@@ -47,7 +47,6 @@ from litropy.callbacks import (
 
 RESULTS = Path(__file__).parent / "results"
 HELD_OUT_SEQUENCES, HELD_OUT_PART = 32, 1
-EVERY = 10
 _LAST = 20
 
 Record = dict[str, Any]
@@ -118,14 +117,10 @@ def _trainer(callbacks: list[Any], steps: int) -> Trainer:
     )
 
 
-def planned(names: Sequence[str], seeds: int | None, fraction: float) -> list[tuple[str, int, int]]:
+def planned(names: Sequence[str], scenarios: Record) -> list[tuple[str, int, int]]:
     """Names, seeds and steps of the runs, the first seeds of all before the second ones."""
-    runs = [
-        (seed, name, max(1, round(SCENARIOS[name].steps * fraction)))
-        for name in names
-        for seed in range(SCENARIOS[name].seeds if seeds is None else seeds)
-    ]
-    return [(name, seed, steps) for seed, name, steps in sorted(runs, key=lambda run: run[0])]
+    runs = [(name, seed, scenarios[name]["steps"]) for name in names for seed in range(scenarios[name]["seeds"])]
+    return sorted(runs, key=lambda run: run[1])
 
 
 def write(path: Path, record: Record) -> None:
@@ -166,7 +161,9 @@ def main() -> None:
     machine = describe("cpu") | {"threads": 1}
     path = options.output or RESULTS / f"collapse_{slug(machine['hardware'])}.json"
     record: Record = json.loads(path.read_text()) if path.exists() else {"benchmark": "collapse", "runs": []}
-    plans = planned(options.only or list(SCENARIOS), options.seeds, options.steps)
+    steps = {name: max(1, round(scenario.steps * options.steps)) for name, scenario in SCENARIOS.items()}
+    scenarios = described(steps, options.seeds)
+    plans = planned(options.only or list(SCENARIOS), scenarios)
     runs = {(run["scenario"], run["seed"], run["steps"]): run for run in record["runs"]}
     missing = [plan for plan in plans if options.fresh or plan not in runs]
     print(f"{len(missing)} of {len(plans)} runs to make, {sum(plan[2] for plan in missing)} steps.", flush=True)
@@ -174,7 +171,8 @@ def main() -> None:
         for number, done in enumerate(pool.imap_unordered(_run_planned, missing), 1):
             runs[done["scenario"], done["seed"], done["steps"]] = done
             order = sorted(runs.values(), key=lambda run: (list(SCENARIOS).index(run["scenario"]), run["seed"]))
-            write(path, {"benchmark": "collapse", "machine": machine, "runs": order})
+            head = {"benchmark": "collapse", "machine": machine, "every_n_steps": EVERY, "scenarios": scenarios}
+            write(path, {**head, "runs": order})
             _announce(done, number, len(missing))
     print(f"Wrote {path}")
 

@@ -23,6 +23,8 @@ from litropy.callbacks.collapse_loss import SpikeRule
 _LEAST_KEYS = 8
 # normalised entropy of a head that looks at one key, or nearly
 ONE_KEY = 0.1
+# steps between measurements, and of a mean of training losses
+EVERY = 10
 # a stall is a gain of less than this share from some steps to as many
 _STALL, _LEAST_GAIN = 20, 0.01
 

@@ -1,7 +1,8 @@
 """The runs of the collapse benchmark, by name, in the order of their importance."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 from lightning.pytorch import Callback
 
@@ -76,3 +77,12 @@ SCENARIOS: dict[str, Scenario] = {
         "LearningRateBackoff(), ResetMoments()", "recovery", COLLAPSING_RATE, actions=_backoff_and_reset
     ),
 }
+
+
+def described(steps: Mapping[str, int], seeds: int | None) -> dict[str, dict[str, Any]]:
+    """What tables need to know of each scenario, with its steps and, if they are given, its seeds."""
+    texts = [field.name for field in fields(Scenario) if field.name not in ("callbacks", "actions")]
+    return {
+        name: {key: getattr(scenario, key) for key in texts} | {"steps": steps[name], "seeds": seeds or scenario.seeds}
+        for name, scenario in SCENARIOS.items()
+    }

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import collapse_tables
 import tables
 from tables import ROOT, SHORT_DTYPE, Record, headline, number, provenance, shape
 
@@ -71,6 +72,15 @@ def compile_kernels(in_docs: bool) -> str:
     return f"{caption}\n\n{tables.compile_kernels(record)}"
 
 
+def collapse(in_docs: bool) -> str:
+    """Collapses on every machine: numbers, figure and tables."""
+    parts = []
+    for path, record in records("collapse"):
+        image = f"{'' if in_docs else 'docs/'}assets/{path.stem}.png"
+        parts.append(f"{collapse_tables.collapse(record, image)} {provenance(record, path, in_docs)}")
+    return "\n\n".join(parts) or _missing("collapse")
+
+
 BLOCKS: dict[str, Callable[[bool], str]] = {
     "linear_head_summary": linear_head_summary,
     "linear_head": linear_head,
@@ -78,6 +88,7 @@ BLOCKS: dict[str, Callable[[bool], str]] = {
     "survival": _one_table("survival", tables.survival),
     "monitor_cost": _one_table("monitor_cost", tables.monitor_cost),
     "compile_kernels": compile_kernels,
+    "collapse": collapse,
 }
 
 
@@ -144,6 +155,8 @@ def main() -> None:
         print(f"Wrote {path.relative_to(ROOT)}")
     for path, record in records("linear_head"):
         draw(path, record)
+    for path, record in records("collapse"):
+        collapse_tables.draw(ASSETS / f"{path.stem}.png", record)
 
 
 if __name__ == "__main__":
