@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from litropy.kernels.rans_tables import TOTAL, AliasTables, alias_tables, decoding_table, encoding_tables, frequencies
 from litropy.kernels.tensor_codec_layout import SEGMENT, Buffer
-from litropy.kernels.tensor_codec_planes import Bytes, numba_loops, read_only
+from litropy.kernels.tensor_codec_planes import Bytes, count_bytes, numba_loops
 
 __all__ = [
     "LANES",
@@ -73,7 +73,7 @@ def stream_bytes(alphabet: int, count: int, bits: float) -> float:
 def encode_rans(symbols: Bytes) -> bytes:
     """Symbols [n], n > 0, as a stream."""
     loops = numba_loops()
-    counts = np.bincount(symbols, minlength=256) if loops is None else loops.histogram(read_only(symbols))
+    counts = count_bytes(symbols)
     present = np.flatnonzero(counts).astype(np.uint8)
     frequency = frequencies(counts)[present].astype("<u2")
     tables = encoding_tables(present, frequency)

@@ -12,19 +12,21 @@ from litropy.kernels.rans_stream import stream_bytes
 from litropy.kernels.rans_tables import TOTAL, frequencies
 from litropy.kernels.tensor_codec_chunks import zstd_bytes
 from litropy.kernels.tensor_codec_layout import Codec, Coder, TensorLayout
-from litropy.kernels.tensor_codec_planes import Bytes
+from litropy.kernels.tensor_codec_planes import Bytes, count_bytes
 
 __all__ = ["BLOCKS", "choose_coders", "sample_ranges"]
 
 BLOCKS = 4
-_BLOCK = 32768
+_BLOCK = 16384
+# bits of entropy a byte from which on codes cannot save anything worth their time
+_NOISE = 7.96
 # the least share of a tensor's bytes that a plane's coder must save to be taken: any at all over raw bytes, LZ matches
 # over Huffman codes alone, and rANS over Zstandard
-_LEAST_SAVING = {"raw": 0.0, "zstd": 0.002, "zstd_match": 0.02, "rans": 0.0025}
+_LEAST_SAVING = {"raw": 0.0, "zstd": 0.002, "zstd_match": 0.02, "rans": 0.005}
 _CANDIDATES: dict[Codec, tuple[Coder, ...]] = {
-    "zstd": ("raw", "zstd", "zstd_match"),
-    "rans": ("raw", "rans"),
-    "auto": ("raw", "zstd", "zstd_match", "rans"),
+    "zstd": ("zstd", "zstd_match"),
+    "rans": ("rans",),
+    "auto": ("zstd", "zstd_match", "rans"),
 }
 
 
@@ -39,13 +41,14 @@ def sample_ranges(layout: TensorLayout) -> Iterator[tuple[int, list[slice]]]:
         yield index, [slice(i * gap, i * gap + length) for i in range(blocks)]
 
 
-def choose_coders(planes: Bytes, words: int, codec: Codec) -> tuple[tuple[Coder, ...], int]:
+def choose_coders(planes: Bytes, words: int, codec: Codec, matching: bool) -> tuple[tuple[Coder, ...], int]:
     """Coders of all planes, and how many bytes they are likely to take together.
 
     Args:
         planes: of the sample, [bytes of a word, n].
         words: of the whole tensor.
         codec: which coders may be taken.
+        matching: whether to look for sequences that occur again; there are none in floats.
 
     Returns:
         A coder for each plane, and bytes.
@@ -53,22 +56,21 @@ def choose_coders(planes: Bytes, words: int, codec: Codec) -> tuple[tuple[Coder,
     chosen: list[Coder] = []
     total = 0.0
     for plane in planes:
+        counts = count_bytes(plane)
+        p = counts[counts > 0] / plane.size
+        noise = -float(p @ np.log2(p)) > _NOISE
         best: Coder = "raw"
         sizes = {best: float(words)}
-        for coder in _CANDIDATES[codec][1:]:
-            sizes[coder] = _estimate(plane, words, coder)
+        for coder in _CANDIDATES[codec]:
+            if not matching if coder == "zstd_match" else noise:
+                continue
+            if coder == "rans":
+                bits = -float(p @ np.log2(frequencies(counts)[counts > 0] / TOTAL))
+                sizes[coder] = stream_bytes(len(p), words, bits)
+            else:
+                sizes[coder] = len(zstd_bytes(plane, coder)) * words / plane.size
             if sizes[best] - sizes[coder] > _LEAST_SAVING[coder] * words * len(planes):
                 best = coder
         chosen.append(best)
         total += sizes[best]
     return tuple(chosen), round(total)
-
-
-def _estimate(plane: Bytes, words: int, coder: Coder) -> float:
-    """Bytes that a whole plane is likely to take, judging by a part of it."""
-    if coder != "rans":
-        return len(zstd_bytes(plane, coder)) * words / plane.size
-    counts = np.bincount(plane, minlength=256)
-    present = counts > 0
-    bits = counts[present] @ np.log2(TOTAL / frequencies(counts)[present]) / plane.size
-    return stream_bytes(int(present.sum()), words, float(bits))

@@ -38,11 +38,11 @@ def split(x: Any, kind: int, base: Any, planes: Any) -> None:
         if kind == _ZIGZAG:
             for i in range(r.size):
                 r[i] = (r[i] << 1) ^ -(r[i] >> top)
-        for k in range(width):
-            shift = 8 * (width - 1 - k)
+        for k in range(width - 1, -1, -1):
             plane = planes[k, start : start + _BLOCK]
             for i in range(r.size):
-                plane[i] = r[i] >> shift
+                plane[i] = r[i]
+                r[i] = r[i] >> 8
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

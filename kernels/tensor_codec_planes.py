@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = [
-    "Bytes", "Words", "merge_planes", "merge_planes_torch", "numba_loops", "read_only", "split_planes", "transform",
-    "word_bytes", "words",
+    "ROTATE", "Bytes", "Words", "count_bytes", "merge_planes", "merge_planes_torch", "numba_loops", "read_only",
+    "split_planes", "transform", "word_bytes", "words",
 ]  # fmt: skip
 
 Bytes = NDArray[np.uint8]
@@ -70,6 +70,15 @@ def transform(dtype: torch.dtype, delta: bool) -> int:
     if dtype.is_floating_point or dtype.is_complex:
         return ROTATE
     return ZIGZAG if dtype.is_signed else PLAIN
+
+
+def count_bytes(plane: Bytes) -> NDArray[np.int64]:
+    """How often each byte occurs, [256]."""
+    loops = numba_loops() if plane.size >= _FEW else None
+    counts: NDArray[np.int64] = (
+        np.bincount(plane, minlength=256) if loops is None else loops.histogram(read_only(plane))
+    )
+    return counts
 
 
 def split_planes(x: Words, kind: int, base: Words | None) -> Bytes:
