@@ -244,6 +244,8 @@ class Samples:
         return len(self.problems)
 
     def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self.problems):
+            raise IndexError(index)
         return self.write(self.problems[index], index)
 
 

@@ -115,7 +115,7 @@ def test_packages_import_without_triton_and_datasets(tmp_path):
 import sys
 class Gone:
     def find_spec(self, name, path=None, target=None):
-        if name in ("triton", "datasets"):
+        if name in ("triton", "datasets", "math_verify"):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Gone())
 import litropy.losses, litropy.callbacks, litropy.recipes

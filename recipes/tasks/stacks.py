@@ -86,7 +86,7 @@ def _tower(size: Size) -> str:
 
 
 class BlocksWorld(Puzzle):
-    """Rearrange stacks of blocks, moving tops only: ``AB|C|>|CBA|``, answer ``23 12 12 32``.
+    """Rearrange stacks of blocks, moving tops only: ``AB|C|>|CBA|``, answer ``12 12``.
 
     Stacks are separated by bars, blocks are listed from the bottom; 13 moves the top of stack 1 to stack 3.
 
