@@ -123,10 +123,10 @@ class Gate(Callback):
 
 
 def turns_of(rounds: int) -> list[tuple[str, bool, bool]]:
-    """Steps in their order: two rounds of warm-up, those that are timed, one without probes, one for memory."""
+    """Steps in their order: a round of warm-up, those that are timed, three without probes, a round for memory."""
     everyone = (PLAIN, *MONITORS, ALL)
-    order = [(name, True, False) for _ in range(2 + rounds) for name in everyone]
-    order += [(name, False, False) for name in (*MONITORS, *MONITORS)]
+    order = [(name, True, False) for _ in range(1 + rounds) for name in everyone] + 3 * [(ALL, False, False)]
+    # memory that the first of them has freed is there for the others alike
     return order + [(name, True, True) for name in (ALL, *everyone)]
 
 
@@ -177,7 +177,7 @@ def _timed_heatmap(layers: int, heads: int) -> float:
 def evaluate(turns: Turns, gates: dict[str, Gate], every: dict[str, int], rounds: int) -> dict[str, Any]:
     """Medians of what each monitor adds, and that weighed by how often it does."""
     size = len(gates) + 2
-    timed = range(2 * size, (2 + rounds) * size)
+    timed = range(size, (1 + rounds) * size)
     seconds = {name: [turns.seconds[i] for i in timed if turns.order[i][0] == name] for name in (PLAIN, *gates, ALL)}
     plain = statistics.median(seconds[PLAIN])
     results, total = [], 0.0
@@ -213,7 +213,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny model and three rounds")
-    parser.add_argument("--rounds", type=int, default=6, help="how often each kind of step is timed, at least 2")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each kind of step is timed, at least 2")
     parser.add_argument("--batch-size", type=int, default=2, help="sequences in a batch")
     parser.add_argument("--length", type=int, default=256, help="tokens in a sequence")
     parser.add_argument("--output", type=Path, help="JSON file to write (default: results/monitor_cost_<machine>.json)")

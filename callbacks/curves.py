@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from litropy.callbacks.metrics_file import read_metrics
 
-__all__ = ["Curves", "plot_curves"]
+__all__ = ["Curves", "clips", "learning_rate_cuts", "plot_curves"]
 
 Rows = Sequence[Mapping[str, float]]
 
@@ -64,7 +64,7 @@ def plot_curves(rows: Rows, path: str | Path, title: str = "") -> None:
     for axes in others[len(watched) :]:
         axes.remove()
     for axes in (losses, *others[: len(by_layer)]):
-        for step in _cuts(rows):
+        for step in learning_rate_cuts(rows):
             axes.axvline(step, color="0.4", linestyle=":", linewidth=1)
     temporary = Path(path).with_name(f".{Path(path).name}")
     figure.savefig(temporary, dpi=120, format=Path(path).suffix.lstrip(".") or "png")
@@ -95,7 +95,7 @@ def _layers(axes: Any, rows: Rows, prefix: str) -> None:
 def _alarms(axes: Any, rows: Rows) -> None:
     """The level of alarms, and when remedies acted."""
     _line(axes, rows, _ALARM, "", color="#c44e52", drawstyle="steps-post")
-    marks = {"learning rate cut": ("v", 2.25, _cuts(rows)), "heads scaled down": ("^", 2.5, _clips(rows))}
+    marks = {"learning rate cut": ("v", 2.25, learning_rate_cuts(rows)), "heads scaled down": ("^", 2.5, clips(rows))}
     for label, (marker, height, steps) in marks.items():
         if steps:
             axes.plot(steps, [height] * len(steps), label=label, color="0.3", marker=marker, linestyle="", markersize=5)
@@ -104,13 +104,13 @@ def _alarms(axes: Any, rows: Rows) -> None:
     axes.set_yticks([0, 1, 2], ["none", "warning", "critical"])
 
 
-def _cuts(rows: Rows) -> list[float]:
+def learning_rate_cuts(rows: Rows) -> list[float]:
     """Steps at which an alarm lowered the learning rate."""
     factors = [(row["step"], row[name]) for row in rows if (name := "train/learning_rate_factor") in row]
     return [step for (_, before), (step, now) in itertools.pairwise(factors) if now < before]
 
 
-def _clips(rows: Rows) -> list[float]:
+def clips(rows: Rows) -> list[float]:
     """Steps at which queries and keys were scaled; a row that repeats what was logged before is none."""
     names = ("qk_clip/max_logit", "qk_clip/clipped_heads")
     found = [(row["step"], row[names[0]], row[names[1]]) for row in rows if names[1] in row]

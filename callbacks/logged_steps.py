@@ -10,7 +10,12 @@ def is_logged_step(trainer: Trainer) -> bool:
 
     Logging waits for the device at these steps anyway, so a callback that reads a metric then costs nothing more.
     """
-    return trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate()
+    done, every = trainer.fit_loop.batch_idx + 1, trainer.log_every_n_steps
+    is_last = trainer.is_last_batch or done >= trainer.num_training_batches
+    steps = done % trainer.accumulate_grad_batches == 0 or (
+        is_last and not trainer.strategy.handles_gradient_accumulation
+    )
+    return steps and every > 0 and (trainer.global_step % every == 0 or trainer.should_stop)
 
 
 def total_steps(trainer: Trainer) -> float:

@@ -50,12 +50,13 @@ class OutputEntropyMonitor(Callback):
 
     Where the module takes its loss from ``linear_cross_entropy`` or ``linear_head_stats`` (as ``LanguageModel`` and
     ``patch_causal_lm`` do), all but top-k comes from the loss's own pass, of every token, and top-k from ``rows``
-    random ones that pass the head again. In a model with its own loss everything comes from such a sample, of the
-    final logits that the model has computed. Tokens without a target do not count; if the model is called without
-    ``labels``, the next of its ``input_ids`` is the target. Only passes of the training step count that gradients flow
-    through: neither generation nor a frozen reference model. Nothing waits for the device, but at logged steps. Passing
-    the head again is at most rows / (3 tokens) of a step's operations. The mean of 512 tokens has a standard error of
-    4 % of the spread between tokens.
+    random ones that pass the head again: of a batch of more than 512 a quarter at most, else up to 128. In a model with
+    its own loss everything comes from a sample of ``rows``, of the final logits that the model has computed. Tokens
+    without a target do not count; if the model is called without ``labels``, the next of its ``input_ids`` is the
+    target. Only passes of the training step count that gradients flow through: neither generation nor a frozen
+    reference model. Nothing waits for the device, but at logged steps. Passing the head again is at most a twelfth of a
+    step's operations from 512 tokens on. The mean of 512 tokens has a standard error of 4 % of the spread between
+    tokens.
 
     Args:
         every_n_steps: optimiser steps from one probe to the next.

@@ -25,6 +25,8 @@ __all__ = ["OutputProbe", "rows_of"]
 
 _IN_THE_SAME_PASS = ("entropy", "varentropy", "lse", "max_logprob", "logprob")
 _OF_A_SAMPLE: Any = ("topk_entropy", "topk_mass")
+# tokens that pass the head again even in a small batch; of a larger one a quarter at most
+_FEW = 128
 
 
 class OutputProbe:
@@ -97,7 +99,8 @@ class OutputProbe:
             valid = None if seen.target is None else seen.target >= 0
             self._add(exact_sums(seen.stats, valid))
             flat = None if valid is None else valid.flatten()
-            sample = choose_tokens(entropy.numel(), flat, self._rows, self._generator)
+            rows = min(self._rows, max(_FEW, entropy.numel() // 4))
+            sample = choose_tokens(entropy.numel(), flat, rows, self._generator)
             top = linear_head_stats(**seen.rows(sample.places), stats=_OF_A_SAMPLE, top_k=self.top_k)
             self._add(top_sums(top, sample))
 

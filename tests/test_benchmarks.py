@@ -238,6 +238,26 @@ def test_every_contender_of_the_training_step_computes_the_same_loss(script):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
+def test_cost_of_monitors(script):
+    monitor_cost = script("monitor_cost")
+    record = monitor_cost.measure(monitor_cost.TINY, rows=2, length=16, rounds=2)
+    *single, together = record["results"]
+    assert [result["name"] for result in single] == list(monitor_cost.MONITORS)
+    assert [result["every_n_steps"] for result in single] == [100, 10, 10, 10]
+    for result in single:
+        share = 1 / result["every_n_steps"]
+        amortised = share * max(0, result["probe_extra_ms"]) + (1 - share) * result["between_probes_ms"]
+        assert result["amortised_ms"] == pytest.approx(amortised, abs=2e-3)
+        # what runs inside of the model comes on top of the callback's own time
+        assert result["probe_hooks_ms"] > result["between_probes_ms"] > 0
+    assert together["amortised_ms"] == pytest.approx(sum(result["amortised_ms"] for result in single), abs=1e-2)
+    assert together["amortised_share"] == pytest.approx(together["amortised_ms"] / record["step_ms"], rel=0.01)
+    machine = {"model": "gpt2", "batch_size": 2, "sequence_length": 16}
+    table = script("tables").monitor_cost(machine | record)
+    assert "| AttentionEntropyMonitor | 1 in 100 |" in table
+    assert "| all of them |  |" in table
+
+
 @pytest.fixture
 def record(script):
     result = {"name": "a", "median_ms": 1234.5, "min_ms": 9.0, "peak_extra_mib": 12.3, "loss_error": 3e-7}

@@ -16,7 +16,8 @@ from litropy.callbacks import (
     StepProgressBar,
     Throughput,
 )
-from litropy.callbacks.curves import plot_curves
+from litropy.callbacks.curves import clips, learning_rate_cuts, plot_curves
+from litropy.callbacks.logged_steps import is_logged_step
 from litropy.callbacks.metrics_file import read_metrics
 
 
@@ -137,8 +138,40 @@ def test_the_bar_counts_steps_in_a_terminal(tmp_path, monkeypatch):
     assert "Epoch" not in text
 
 
+@pytest.mark.parametrize("every", [0, 1, 3])
+def test_logged_steps_are_those_that_lightning_logs(every, tmp_path):
+    class Compare(pl.Callback):
+        seen = 0
+
+        def on_train_batch_end(self, trainer, *args):
+            expected = trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate()
+            assert is_logged_step(trainer) == expected
+            self.seen += expected
+
+    compare = Compare()
+    options = {"accumulate_grad_batches": 2, "limit_train_batches": 5, "limit_val_batches": 0}
+    fit(tmp_path, [compare], max_epochs=3, max_steps=-1, val_check_interval=None, log_every_n_steps=every, **options)
+    assert compare.seen == (9 // every if every else 0)
+
+
 def test_curves_need_no_metric_at_all(tmp_path):
     plot_curves([], tmp_path / "empty.png")
     plot_curves([{"step": 0.0, "train/loss": 1.0}], tmp_path / "one.png", "one point")
     assert (tmp_path / "empty.png").stat().st_size > 5000
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.png", "one.png"]
+
+
+def test_curves_show_what_monitors_and_remedies_logged(tmp_path):
+    def height(rows):
+        plot_curves(rows, tmp_path / "some.png")
+        return int.from_bytes((tmp_path / "some.png").read_bytes()[20:24])
+
+    rows = [{"step": float(step), "collapse/alarm": step // 3, "entropy/attention/layer_11": 0.5} for step in range(9)]
+    for row in rows[4:]:  # values are logged again until there are new ones
+        row |= {"train/learning_rate_factor": 0.1, "qk_clip/max_logit": 40.0, "qk_clip/clipped_heads": 2.0}
+    rows[3]["train/learning_rate_factor"] = 1.0
+    rows[8] |= {"qk_clip/max_logit": 9.0, "qk_clip/clipped_heads": 0.0}
+    assert (learning_rate_cuts(rows), clips(rows)) == ([4.0], [4.0])
+    wide = [row | {"representation/effective_rank/layer_0": 9.0} for row in rows]
+    assert height(rows[:1]) == height(rows) == 1.5 * height([{"step": 0.0}])
+    assert height(wide) == 2 * height([{"step": 0.0}])
