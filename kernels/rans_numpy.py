@@ -8,20 +8,19 @@ from numpy.typing import NDArray
 
 from litropy.kernels.rans_stream import LANES, LOWEST_STATE
 from litropy.kernels.rans_tables import PRECISION, EncodingTables
-from litropy.kernels.tensor_codec_layout import SEGMENT
 from litropy.kernels.tensor_codec_planes import Bytes
 
 __all__ = ["encode_segments"]
 
 
 def encode_segments(
-    symbols: Bytes, tables: EncodingTables
-) -> tuple[NDArray[np.uint16], NDArray[np.uint32], NDArray[np.uint16]]:
+    symbols: Bytes, tables: EncodingTables, segment: int
+) -> tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.uint16]]:
     """Words of each segment [S], states [S, 32] and words of symbols [n]."""
-    segments = -(-symbols.size // SEGMENT)
-    padded = np.zeros(segments * SEGMENT, np.uint8)
+    segments = -(-symbols.size // segment)
+    padded = np.zeros(segments * segment, np.uint8)
     padded[: symbols.size] = symbols
-    steps = padded.reshape(segments, SEGMENT // LANES, LANES)
+    steps = padded.reshape(segments, segment // LANES, LANES)
     present = (np.arange(padded.size) < symbols.size).reshape(steps.shape)
     state = np.full((segments, LANES), LOWEST_STATE, np.uint32)
     words, written = np.zeros(steps.shape, np.uint16), np.zeros(steps.shape, bool)
@@ -35,4 +34,4 @@ def encode_segments(
         quotient, rank = np.divmod(shrunk, f)
         slot = tables.slot[(tables.start[symbol] + rank) % len(tables.slot)]
         state = np.where(active, (quotient << PRECISION) | slot, state)
-    return written.sum((1, 2)).astype(np.uint16), state, words[written]
+    return written.sum((1, 2)).astype(np.uint32), state, words[written]

@@ -1,13 +1,14 @@
 """The bitstream of interleaved rANS: one format, and three decoders of it that agree in every bit.
 
-Symbols are cut into segments of 32,768. Symbol i of a segment belongs to lane i mod 32: 32 states take turns, and the
+Symbols are cut into segments of 2^b. Symbol i of a segment belongs to lane i mod 32: 32 states take turns, and the
 words they need stand in one sequence, in the order of steps and of lanes within a step. A stream of n symbols,
 little-endian:
 
     u8           symbols that occur, less one: K - 1
+    u8           b, 10 to 20
     u8 [K]       the symbols, ascending
     u16 [K]      their frequencies, at least 1, sum 4096
-    u16 [S]      words of each segment, S = ceil(n / 32768)
+    u32 [S]      words of each segment, S = ceil(n / 2^b)
     u32 [S, 32]  states that decoding starts with
     u16 [...]    the words
 
@@ -27,25 +28,31 @@ from litropy.kernels.tensor_codec_planes import Bytes, count_bytes, numba_loops
 
 __all__ = [
     "LANES",
+    "LONG_SEGMENT",
     "LOWEST_STATE",
     "RansBatch",
     "RansStream",
     "batch_streams",
     "encode_rans",
+    "lookup_tables",
     "parse_stream",
     "stream_bytes",
 ]
 
 LANES = 32
 LOWEST_STATE = 1 << 16
+# of what a GPU need not decode: the states of a segment cost less
+LONG_SEGMENT = 1 << 17
+_SEGMENT_BITS = range(10, 21)
 
 
 class RansStream(NamedTuple):
     """A stream taken apart."""
 
     total: int  # symbols
+    segment: int  # symbols of a segment
     tables: AliasTables
-    words_of: NDArray[np.uint16]  # [S]
+    words_of: NDArray[np.uint32]  # [S]
     states: NDArray[np.uint32]  # [S, 32]
     words: NDArray[np.uint16]
 
@@ -64,14 +71,15 @@ class RansBatch(NamedTuple):
     words: NDArray[np.uint16]
 
 
-def stream_bytes(alphabet: int, count: int, bits: float) -> float:
+def stream_bytes(alphabet: int, count: int, bits: float, segment: int) -> float:
     """Bytes of a stream of ``count`` symbols out of ``alphabet`` that take so many bits each."""
-    segments = -(-count // SEGMENT)
-    return 1 + 3 * alphabet + (2 + 4 * LANES) * segments + count * bits / 8
+    # a state is written with 32 bits, of which it holds 8 on average when 16 were there to start with
+    per_segment = 4 + LANES * (4 - 1)
+    return 2 + 3 * alphabet + per_segment * -(-count // segment) + count * bits / 8
 
 
-def encode_rans(symbols: Bytes) -> bytes:
-    """Symbols [n], n > 0, as a stream."""
+def encode_rans(symbols: Bytes, segment: int = SEGMENT) -> bytes:
+    """Symbols [n], n > 0, as a stream; segments are a power of two from 2^10 to 2^20."""
     loops = numba_loops()
     counts = count_bytes(symbols)
     present = np.flatnonzero(counts).astype(np.uint8)
@@ -81,9 +89,9 @@ def encode_rans(symbols: Bytes) -> bytes:
         from litropy.kernels.rans_numpy import encode_segments
     else:
         from litropy.kernels.rans_numba import encode_segments
-    words_of, states, words = encode_segments(symbols, tables)
-    head = bytes([len(present) - 1]) + present.tobytes() + frequency.tobytes()
-    return head + words_of.astype("<u2").tobytes() + states.astype("<u4").tobytes() + words.astype("<u2").tobytes()
+    words_of, states, words = encode_segments(symbols, tables, segment)
+    head = bytes([len(present) - 1, segment.bit_length() - 1]) + present.tobytes() + frequency.tobytes()
+    return head + words_of.astype("<u4").tobytes() + states.astype("<u4").tobytes() + words.astype("<u2").tobytes()
 
 
 def parse_stream(payload: Buffer, count: int) -> RansStream:
@@ -93,14 +101,16 @@ def parse_stream(payload: Buffer, count: int) -> RansStream:
         ValueError: when it is not one; states and words may still be wrong, which decoding finds.
     """
     data = np.frombuffer(payload, np.uint8)
-    segments = -(-count // SEGMENT)
-    alphabet = int(data[0]) + 1 if data.size else 0
-    ends = np.cumsum([1, alphabet, 2 * alphabet, 2 * segments, 4 * LANES * segments])
+    if data.size < 2 or data[1] not in _SEGMENT_BITS:
+        raise ValueError(f"a rANS stream starts with {data[:2].tolist()}: segments have 2^10 to 2^20 symbols")
+    alphabet, segment = int(data[0]) + 1, 1 << int(data[1])
+    segments = -(-count // segment)
+    ends = np.cumsum([2, alphabet, 2 * alphabet, 4 * segments, 4 * LANES * segments])
     if data.size < ends[-1]:
         raise ValueError(f"a rANS stream of {count} symbols has {data.size} bytes, too few for its tables")
     _, symbols, *parts = np.split(data, ends)
     # copied, because they may stand at any address
-    frequency, words_of = (np.frombuffer(part.tobytes(), "<u2") for part in parts[:2])
+    frequency, words_of = np.frombuffer(parts[0].tobytes(), "<u2"), np.frombuffer(parts[1].tobytes(), "<u4")
     if (np.diff(symbols.astype(int)) <= 0).any() or (frequency < 1).any() or frequency.sum(dtype=int) != TOTAL:
         raise ValueError("the symbols of a rANS stream do not ascend, or their frequencies do not sum to 4096")
     expected = 2 * int(words_of.sum(dtype=int))
@@ -108,13 +118,13 @@ def parse_stream(payload: Buffer, count: int) -> RansStream:
         raise ValueError(f"a rANS stream has {parts[3].size} bytes of words, but its segments ask for {expected}")
     states = np.frombuffer(parts[2].tobytes(), "<u4").reshape(segments, LANES)
     words = np.frombuffer(parts[3].tobytes(), "<u2")
-    return RansStream(count, alias_tables(symbols, frequency), words_of, states, words)
+    return RansStream(count, segment, alias_tables(symbols, frequency), words_of, states, words)
 
 
 def batch_streams(streams: Sequence[RansStream]) -> RansBatch:
     """Put streams side by side."""
     segments = [len(stream.words_of) for stream in streams]
-    symbols = np.concatenate([_symbols_of(stream.total, n) for stream, n in zip(streams, segments, strict=True)])
+    symbols = np.concatenate([_symbols_of(stream) for stream in streams])
     words_of = np.concatenate([stream.words_of for stream in streams]).astype(np.int64)
     return RansBatch(
         sum(stream.total for stream in streams),
@@ -129,9 +139,9 @@ def batch_streams(streams: Sequence[RansStream]) -> RansBatch:
     )
 
 
-def _symbols_of(count: int, segments: int) -> NDArray[np.int64]:
+def _symbols_of(stream: RansStream) -> NDArray[np.int64]:
     """Symbols of each segment."""
-    return np.minimum(SEGMENT, count - SEGMENT * np.arange(segments))
+    return np.minimum(stream.segment, stream.total - stream.segment * np.arange(len(stream.words_of)))
 
 
 def lookup_tables(batch: RansBatch) -> NDArray[np.uint32]:

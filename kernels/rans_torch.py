@@ -6,7 +6,6 @@ from torch import Tensor
 
 from litropy.kernels.rans_stream import LANES, LOWEST_STATE, RansBatch, lookup_tables
 from litropy.kernels.rans_tables import PRECISION, TOTAL
-from litropy.kernels.tensor_codec_layout import SEGMENT
 
 __all__ = ["decode_batch"]
 
@@ -29,10 +28,11 @@ def decode_batch(batch: RansBatch, out: Tensor) -> Tensor:
     position, words_of = torch.from_numpy(batch.words_at).to(device), torch.from_numpy(batch.words_of).to(device)
     end = position + words_of
     symbols = torch.from_numpy(batch.symbols).to(device)[:, None]
-    rows = torch.empty(len(states), SEGMENT, dtype=torch.uint8, device=device)
+    longest = int(batch.symbols.max())
+    rows = torch.empty(len(states), -(-longest // LANES) * LANES, dtype=torch.uint8, device=device)
     lane = torch.arange(LANES, device=device)
     shortest = int(batch.symbols.min())
-    for first in range(0, int(batch.symbols.max()), LANES):
+    for first in range(0, longest, LANES):
         entry = entries[offset + (state & _MASK)]
         rows[:, first : first + LANES] = entry >> 24
         grown = (((entry >> PRECISION) & _MASK) + 1) * (state >> PRECISION) + (entry & _MASK)
@@ -45,5 +45,5 @@ def decode_batch(batch: RansBatch, out: Tensor) -> Tensor:
         word = words[(position[:, None] + used - 1).clamp_(0, len(words) - 1)]
         state = torch.where(needed, (grown << 16) | word, grown)
         position = position + used[:, -1]
-    torch.masked_select(rows, torch.arange(SEGMENT, device=device) < symbols, out=out)
+    torch.masked_select(rows, torch.arange(rows.shape[1], device=device) < symbols, out=out)
     return (position == end) & (state == LOWEST_STATE).all(1)

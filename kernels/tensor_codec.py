@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from litropy.kernels.rans_stream import LONG_SEGMENT
 from litropy.kernels.tensor_codec_batch import decode_window, window_chunks
 from litropy.kernels.tensor_codec_choice import choose_coders, sample_ranges
 from litropy.kernels.tensor_codec_chunks import decode_plane, encode_plane, pack_planes, pack_words, parse_payload
@@ -37,7 +38,6 @@ from litropy.kernels.tensor_codec_layout import (
     flat_chunk,
 )
 from litropy.kernels.tensor_codec_planes import (
-    ROTATE,
     merge_planes,
     numba_loops,
     split_planes,
@@ -64,7 +64,7 @@ def plan_tensor(
     Args:
         tensor: of any of ``DTYPES``, any shape, strides and device.
         codec: "zstd", "rans" or "raw": what the planes that compress are coded by. "auto": by whichever is smaller,
-            rANS where it saves at least 0.5 % of the tensor, and nothing for up to 2 KiB.
+            rANS where it saves at least 0.5 % of the tensor (0.05 % against a base), and nothing for up to 2 KiB.
         base: code differences from this: a tensor of the same dtype and shape, or what gives its chunks by index.
         chunk_bytes: bytes of the tensor that a chunk holds, rounded down to whole segments of 32,768 elements.
 
@@ -98,8 +98,7 @@ def plan_tensor(
             base_words = None if others is None else words(others[part])
             parts.append(split_planes(words(values[part]), kind, base_words))
     total = layout.nbytes // word_bytes(layout.dtype)
-    matching = kind != ROTATE and not layout.delta
-    coders, estimate = choose_coders(np.concatenate(parts, axis=1), total, codec, matching)
+    coders, estimate = choose_coders(np.concatenate(parts, axis=1), total, codec, kind, layout.delta)
     if all(coder == "raw" for coder in coders):
         return TensorPlan(layout, "raw", (), verbatim)
     chosen: Codec = "rans" if "rans" in coders else "zstd"
@@ -130,7 +129,10 @@ def encode_chunk(values: Tensor, plan: TensorPlan, *, base: Tensor | None = None
         return pack_words(x)
     others = _fitting(base, plan.layout, len(values))
     planes = split_planes(x, transform(plan.layout.dtype, plan.layout.delta), None if others is None else words(others))
-    payload = pack_planes([encode_plane(plane, coder) for plane, coder in zip(planes, plan.coders, strict=True)])
+    segment = LONG_SEGMENT if plan.layout.delta else SEGMENT
+    payload = pack_planes(
+        [encode_plane(plane, coder, segment) for plane, coder in zip(planes, plan.coders, strict=True)]
+    )
     return payload if len(payload) <= x.nbytes else pack_words(x)
 
 

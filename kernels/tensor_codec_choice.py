@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from litropy.kernels.rans_stream import stream_bytes
+from litropy.kernels.rans_stream import LONG_SEGMENT, stream_bytes
 from litropy.kernels.rans_tables import TOTAL, frequencies
 from litropy.kernels.tensor_codec_chunks import zstd_bytes
-from litropy.kernels.tensor_codec_layout import Codec, Coder, TensorLayout
-from litropy.kernels.tensor_codec_planes import Bytes, count_bytes
+from litropy.kernels.tensor_codec_layout import SEGMENT, Codec, Coder, TensorLayout
+from litropy.kernels.tensor_codec_planes import ROTATE, Bytes, count_bytes
 
 __all__ = ["BLOCKS", "choose_coders", "sample_ranges"]
 
@@ -41,18 +41,23 @@ def sample_ranges(layout: TensorLayout) -> Iterator[tuple[int, list[slice]]]:
         yield index, [slice(i * gap, i * gap + length) for i in range(blocks)]
 
 
-def choose_coders(planes: Bytes, words: int, codec: Codec, matching: bool) -> tuple[tuple[Coder, ...], int]:
+def choose_coders(planes: Bytes, words: int, codec: Codec, kind: int, delta: bool) -> tuple[tuple[Coder, ...], int]:
     """Coders of all planes, and how many bytes they are likely to take together.
 
     Args:
         planes: of the sample, [bytes of a word, n].
         words: of the whole tensor.
         codec: which coders may be taken.
-        matching: whether to look for sequences that occur again; there are none in floats.
+        kind: transform of the words.
+        delta: whether they are differences, which rANS gets in long segments and for less.
 
     Returns:
         A coder for each plane, and bytes.
     """
+    # sequences that occur again are not to be found in floats and differences
+    matching = kind != ROTATE and not delta
+    segment = LONG_SEGMENT if delta else SEGMENT
+    least = _LEAST_SAVING | ({"rans": 0.0005} if delta else {})
     chosen: list[Coder] = []
     total = 0.0
     for plane in planes:
@@ -66,10 +71,10 @@ def choose_coders(planes: Bytes, words: int, codec: Codec, matching: bool) -> tu
                 continue
             if coder == "rans":
                 bits = -float(p @ np.log2(frequencies(counts)[counts > 0] / TOTAL))
-                sizes[coder] = stream_bytes(len(p), words, bits)
+                sizes[coder] = stream_bytes(len(p), words, bits, segment)
             else:
                 sizes[coder] = len(zstd_bytes(plane, coder)) * words / plane.size
-            if sizes[best] - sizes[coder] > _LEAST_SAVING[coder] * words * len(planes):
+            if sizes[best] - sizes[coder] > least[coder] * words * len(planes):
                 best = coder
         chosen.append(best)
         total += sizes[best]

@@ -21,7 +21,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from litropy.kernels.rans_stream import encode_rans, parse_stream
-from litropy.kernels.tensor_codec_layout import Buffer, Coder
+from litropy.kernels.tensor_codec_layout import SEGMENT, Buffer, Coder
 from litropy.kernels.tensor_codec_planes import Bytes, Words
 
 __all__ = ["RANS", "Plane", "decode_plane", "encode_plane", "pack_planes", "pack_words", "parse_payload", "zstd_bytes"]
@@ -60,12 +60,12 @@ def zstd_bytes(plane: Bytes, coder: Coder) -> bytes:
     return _compressor(coder).compress(plane.data)
 
 
-def encode_plane(plane: Bytes, coder: Coder) -> Plane:
+def encode_plane(plane: Bytes, coder: Coder, segment: int = SEGMENT) -> Plane:
     """Code a plane [n], n > 0, by what the plan says, or by less where that is smaller."""
     if plane[0] == plane[-1] and (plane == plane[0]).all():
         return Plane(SAME, plane[:1].data)
     if coder != "raw":
-        coded = Plane(RANS, encode_rans(plane)) if coder == "rans" else Plane(ZSTD, zstd_bytes(plane, coder))
+        coded = Plane(RANS, encode_rans(plane, segment)) if coder == "rans" else Plane(ZSTD, zstd_bytes(plane, coder))
         if len(coded.data) < plane.size:
             return coded
     return Plane(RAW, plane.data)

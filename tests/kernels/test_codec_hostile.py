@@ -122,7 +122,7 @@ def test_states_that_ask_for_too_many_words(state, triton_decode):
 
 def test_no_words_at_all():
     stream = parse_stream(STREAMS[40], COUNT)
-    empty = stream._replace(words=stream.words[:0], words_of=np.zeros(1, np.uint16))
+    empty = stream._replace(words=stream.words[:0], words_of=np.zeros(1, np.uint32))
     assert not guarded_numba(empty)[1]
     assert not guarded(decode_torch, empty)[1]
 
@@ -130,16 +130,18 @@ def test_no_words_at_all():
 def test_tables_that_lie():
     head, alphabet = bytearray(STREAMS[3]), STREAMS[3][0] + 1
     twice, unsorted, short, zero = (bytearray(head) for _ in range(4))
-    twice[2] = twice[1]
-    unsorted[1], unsorted[2] = unsorted[2], unsorted[1]
-    short[1 + alphabet] ^= 1
-    struct.pack_into("<3H", zero, 1 + alphabet, 0, 4095, 1)
+    twice[3] = twice[2]
+    unsorted[2], unsorted[3] = unsorted[3], unsorted[2]
+    short[2 + alphabet] ^= 1
+    struct.pack_into("<3H", zero, 2 + alphabet, 0, 4095, 1)
     for payload in (twice, unsorted, short, zero):
         with pytest.raises(ValueError, match="or their frequencies do not sum to 4096"):
             parse_stream(bytes(payload), COUNT)
     for payload, message in [
-        (b"", "too few"),
-        (b"\xff", "too few"),
+        (b"", "starts with"),
+        (b"\x02\x09", "2\\^10 to 2\\^20"),
+        (b"\x02\x15", "2\\^10 to 2\\^20"),
+        (b"\xff\x0f", "too few"),
         (bytes(head[:40]), "too few"),
         (head + b"!", "ask for"),
     ]:

@@ -267,7 +267,7 @@ def test_auto_takes_what_is_smaller():
     text = torch.frombuffer(bytearray(Path(__file__).read_bytes()), dtype=torch.uint8)
     assert plan_tensor(text).coders == ("zstd_match",)
     assert encode_tensor(torch.zeros(100_000)).nbytes < 200
-    assert encode_tensor(torch.rand(100_000) < 0.01, codec="rans").nbytes < 0.015 * 100_000
+    assert encode_tensor(torch.rand(100_000) < 0.01, codec="rans").nbytes < 0.02 * 100_000
 
 
 def test_halves_in_floats_are_found():
