@@ -2,6 +2,7 @@
 
 from litropy.callbacks.attention_entropy_monitor import AttentionEntropyMonitor
 from litropy.callbacks.collapse_detector import CollapseDetector
+from litropy.callbacks.compressed_checkpoint_io import CompressedCheckpointIO
 from litropy.callbacks.curves import Curves
 from litropy.callbacks.entropy_regularizer import AttentionEntropyRegularizer
 from litropy.callbacks.hugging_face_folder import HuggingFaceFolder
@@ -22,6 +23,7 @@ __all__ = [
     "AttentionEntropyMonitor",
     "AttentionEntropyRegularizer",
     "CollapseDetector",
+    "CompressedCheckpointIO",
     "Curves",
     "HuggingFaceFolder",
     "LastCheckpoint",

@@ -2,15 +2,18 @@
 
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
 
+from litropy.callbacks.compressed_checkpoint_io import refuse_sharded
+
 __all__ = ["check_strategy"]
 
 
 def check_strategy(strategy: Strategy, accumulate_grad_batches: int) -> None:
-    """Refuse strategies under which the loss or the token mean would be wrong.
+    """Refuse strategies under which the loss, the token mean or compressed checkpoints would be wrong.
 
     Raises:
         ValueError: naming the strategy and what to use instead.
     """
+    refuse_sharded(strategy)
     if isinstance(strategy, FSDPStrategy):
         raise ValueError("FSDPStrategy hides the output head; shard with ModelParallelStrategy (FSDP2) instead.")
     if isinstance(strategy, DeepSpeedStrategy) and accumulate_grad_batches > 1:

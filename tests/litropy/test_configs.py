@@ -9,8 +9,8 @@ from litropy.config_files import packaged_configs
 from litropy.help_pages import documented_arguments
 
 ALL = packaged_configs()
-# fragments for a second --config are tested in test_monitor_configs.py
-CONFIGS = {name: path for name, path in ALL.items() if not name.startswith("monitor/")}
+# fragments for a second --config are tested in test_monitor_configs.py and test_checkpoint_configs.py
+CONFIGS = {name: path for name, path in ALL.items() if not name.startswith(("monitor/", "checkpoint/"))}
 FIELDS = {
     "Hardware": r"(second|minute)",
     "Expect": r"loss",
