@@ -10,7 +10,8 @@ def is_logged_step(trainer: Trainer) -> bool:
 
     Logging waits for the device at these steps anyway, so a callback that reads a metric then costs nothing more.
     """
-    done, every = trainer.fit_loop.batch_idx + 1, trainer.log_every_n_steps
+    done = trainer.fit_loop.batch_idx + 1
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     is_last = trainer.is_last_batch or done >= trainer.num_training_batches
     steps = done % trainer.accumulate_grad_batches == 0 or (
         is_last and not trainer.strategy.handles_gradient_accumulation

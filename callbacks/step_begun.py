@@ -1,6 +1,7 @@
 """Whether a module's training step runs, or what it does before that."""
 
 from collections.abc import Callable
+from typing import Any
 
 from lightning.pytorch import Trainer
 
@@ -13,6 +14,6 @@ def step_begun(trainer: Trainer) -> Callable[[], bool]:
     Call this in ``on_train_batch_start``. Callbacks have that hook before the module has its own, in which it may try
     its model out on the batch; the answer turns to yes after both.
     """
-    progress = trainer.fit_loop.epoch_loop.batch_progress.current
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     before = progress.started
     return lambda: progress.started > before
