@@ -23,6 +23,7 @@ from litropy.callbacks import (
     StepProgressBar,
     Throughput,
 )
+from litropy.chosen_class import chosen_class
 from litropy.parse_errors import shorten
 from litropy.run_folder import config_name, next_version, run_of_last_checkpoint
 
@@ -100,6 +101,7 @@ class CommandLine(LightningCLI):
 
     def __init__(self, args: list[str], run: bool = True) -> None:
         self.run = run
+        self.arguments = args
         usage = {command: {"usage": f"litropy {command} --config FILE [options]"} for command in _COMMANDS}
         super().__init__(
             args=args,
@@ -120,11 +122,11 @@ class CommandLine(LightningCLI):
         return _COMMANDS
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Make our own classes the default."""
+        """Make our own classes the default, or those that the user chooses."""
         parser.set_defaults(
             {
-                "model": {"class_path": "litropy.recipes.LanguageModel"},
-                "data": {"class_path": "litropy.recipes.TextDataModule"},
+                key: {"class_path": chosen_class(self.arguments, key, f"litropy.recipes.{name}")}
+                for key, name in (("model", "LanguageModel"), ("data", "TextDataModule"))
             }
         )
 
@@ -198,7 +200,8 @@ class CommandLine(LightningCLI):
             and is_overridden("val_dataloader", self.datamodule, pl.LightningDataModule)
             and is_overridden("validation_step", self.model)
         )
-        best = ModelCheckpoint(filename="best", monitor="val/loss", enable_version_counter=False)
+        monitor, mode = getattr(self.model, "best_metric", ("val/loss", "min"))
+        best = ModelCheckpoint(filename="best", monitor=monitor, mode=mode, enable_version_counter=False)
         return [*([best] if validates else []), LastCheckpoint()]
 
     def _loggers(self, given: Any, fast_dev_run: bool) -> list[Logger] | bool:

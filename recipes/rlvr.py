@@ -123,6 +123,8 @@ class RLVR(LanguageModel):
         ValueError: if an option is out of its range, or the methods do not fit together.
     """
 
+    best_metric = ("val/pass_at_1", "max")  # what the best checkpoint is the best by
+
     def __init__(
         self,
         config: dict[str, Any] | Path | None = None,
@@ -314,8 +316,7 @@ class RLVR(LanguageModel):
         assert self.reference is not None
         if not self._rounds:
             self.reference.renew(self._built)
-        rank, ranks = rank_and_ranks()
-        place = self._rounds * ranks + rank
+        place = self._rounds * rank_and_ranks()[1] + rank_and_ranks()[0]
         judged = self._respond(samples, self.sampler, self.group_size, self.seed + place)
         # numbers rise with the round, and leave room for ranks with more prompts than this one
         rollouts = to_batch(judged, place * _ROW_ROOM * self.group_size)
@@ -368,15 +369,14 @@ class RLVR(LanguageModel):
     # evaluation
 
     def _evaluate(self, batch: Any, stage: str) -> None:
+        evaluation: Any = self.evaluations[stage]
         rank, ranks = rank_and_ranks()
-        evaluation = self.evaluations[stage]
-        assert isinstance(evaluation, PassEvaluation)
-        seed = _VALIDATION_SEED + evaluation.batches * ranks + rank
-        evaluation.update(self._respond(batch, Sampler(), self.val_samples, seed).results)
+        if batch:  # else this rank has no prompt left
+            seed = _VALIDATION_SEED + evaluation.batches * ranks + rank
+            evaluation.update(self._respond(batch, Sampler(), self.val_samples, seed).results)
 
     def _log_evaluation(self, stage: str) -> None:
-        evaluation = self.evaluations[stage]
-        assert isinstance(evaluation, PassEvaluation)
+        evaluation: Any = self.evaluations[stage]
         for name, value in evaluation.pop().items():
             self.log(f"{stage}/{name}", value, prog_bar=name == "pass_at_1", sync_dist=True)
 

@@ -1,0 +1,1 @@
+../../litropy/chosen_class.py
