@@ -65,18 +65,16 @@ class Sums(LightningDataModule):
 
 
 class Metrics(Callback):
-    """Keeps what was logged after each batch; may write a checkpoint after an epoch, and end training."""
+    """Keeps what was logged after each batch; may write a checkpoint when responses wait, and end training."""
 
     def __init__(self, stop=None):
         self.rows, self.stop = [], stop
 
-    def on_train_epoch_end(self, trainer, module):
-        if self.stop is not None:
-            trainer.save_checkpoint(self.stop)
-            trainer.should_stop = True
-
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.rows.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+        if self.stop is not None and trainer.global_step > 1 and module.methods.data.state_dict()["kept"]:
+            trainer.save_checkpoint(self.stop)
+            trainer.should_stop = True
 
 
 def trainer(**options):

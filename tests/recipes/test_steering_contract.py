@@ -1,4 +1,4 @@
-"""What every method keeps: one update whatever the micro-batches and ranks, true gradients, and a state that resumes."""
+"""What every method keeps: one update on any micro-batches and ranks, true gradients, and a state that resumes."""
 
 from dataclasses import replace
 from pathlib import Path
