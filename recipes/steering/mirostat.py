@@ -25,7 +25,7 @@ def zipf_cutoff(logits: Tensor, bound: Tensor, vocabulary: int) -> Tensor:
         vocabulary: V of the law.
 
     Returns:
-        k before rounding, from 1 to the number of logits [B].
+        k before rounding, at most the number of logits [B].
 
     Example::
 
@@ -45,7 +45,7 @@ def zipf_cutoff(logits: Tensor, bound: Tensor, vocabulary: int) -> Tensor:
     excess = exponent - 1
     excess = torch.where(excess.abs() < 1e-4, 1e-4, excess)  # 0 / 0 at 0, where the limit is 1 / ln V
     log_scale = (excess / -torch.expm1(-excess * math.log(vocabulary))).log()
-    return ((log_scale + bound) / exponent).clamp(0, math.log(logits.shape[-1])).exp()
+    return ((log_scale + bound) / exponent).clamp(max=math.log(logits.shape[-1])).exp()
 
 
 class Mirostat(Sampler):
