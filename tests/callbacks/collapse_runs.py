@@ -87,35 +87,35 @@ class TinyDecoder(nn.Module):
         }
 
 
-def markov_batches(seed):
+def markov_batches(seed, batch):
     """Sequences of a fixed random Markov chain: (tokens, targets), for ever."""
     generator = torch.Generator().manual_seed(seed)
     # rows of a Dirichlet distribution with parameter 0.1
     rows = torch._sample_dirichlet(torch.full((VOCABULARY, VOCABULARY), 0.1), generator=generator)
     while True:
-        tokens = torch.randint(VOCABULARY, (BATCH, 1), generator=generator)
+        tokens = torch.randint(VOCABULARY, (batch, 1), generator=generator)
         for _ in range(LENGTH):
             following = torch.multinomial(rows[tokens[:, -1]], 1, generator=generator)
             tokens = torch.cat([tokens, following], 1)
         yield tokens[:, :-1], tokens[:, 1:]
 
 
-def copy_batches(seed):
+def copy_batches(seed, batch):
     """Random halves that are to be repeated."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        half = torch.randint(VOCABULARY, (BATCH, LENGTH // 2), generator=generator)
+        half = torch.randint(VOCABULARY, (batch, LENGTH // 2), generator=generator)
         tokens = torch.cat([half, half], 1)
         targets = F.pad(tokens[:, 1:], (0, 1), value=-100)
         targets[:, : LENGTH // 2 - 1] = -100
         yield tokens, targets
 
 
-def make(kind, seed):
+def make(kind, seed, batch=BATCH):
     """Model, batches and optimiser of a run."""
     torch.manual_seed(seed)
     model = TinyDecoder(2 if kind == "copy" else 4, post_ln=kind == "post_ln", sharp=6.0 if kind == "sharp" else 1.0)
-    batches = copy_batches(seed) if kind == "copy" else markov_batches(seed)
+    batches = (copy_batches if kind == "copy" else markov_batches)(seed, batch)
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE[kind], betas=(0.9, 0.95))
     return model, batches, optimizer
 
@@ -144,16 +144,16 @@ def quickly():
         torch.set_num_threads(threads)
 
 
-def train(kind, steps, seed=0):
+def train(kind, steps, seed=0, batch=BATCH):
     """Train, once a session; representations are measured every five steps, on 256 tokens."""
-    return _train(kind, steps, seed)
+    return _train(kind, steps, seed, batch)
 
 
 @functools.cache
-def _train(kind, steps, seed):
+def _train(kind, steps, seed, batch):
     run, hidden = Run(), []
     with quickly(), torch.random.fork_rng(devices=[]):
-        model, batches, optimizer = make(kind, seed)
+        model, batches, optimizer = make(kind, seed, batch)
         for block in model.layers:
             block.register_forward_hook(lambda module, args, output: hidden.append(output.detach()))
         for step, (tokens, targets) in zip(range(steps), batches, strict=False):

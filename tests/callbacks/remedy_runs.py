@@ -19,7 +19,7 @@ HEALTHY, COLLAPSING = 3e-3, 3e-2
 class Markov:
     """Batches of a fixed random Markov chain, each a function of its index; knows where to go on."""
 
-    def __init__(self, batch=16, parts=(0,), stride=1):
+    def __init__(self, batch=8, parts=(0,), stride=1):
         self.batch, self.parts, self.stride, self.position = batch, parts, stride, 0
         chain = np.random.default_rng(0).dirichlet(np.full(V, 0.1), V)
         self.cumulative = torch.tensor(chain).cumsum(1)
@@ -126,7 +126,7 @@ def make_trainer(callbacks, steps, **options):
     )
 
 
-def train(learning_rate, callbacks, steps, module=None, ckpt_path=None, batch=16, data=None, **options):
+def train(learning_rate, callbacks, steps, module=None, ckpt_path=None, batch=8, data=None, **options):
     """Train; returns module and trainer."""
     module = TinyLM(learning_rate) if module is None else module
     trainer = make_trainer(list(callbacks), steps, **options)

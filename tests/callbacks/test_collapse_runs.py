@@ -56,7 +56,7 @@ def step_when_the_loss_shows_it(losses):
 
 @pytest.mark.parametrize("every", [1, 10])
 def test_a_healthy_run_raises_no_alarm(every):
-    judge, levels = judge_run(runs.train("healthy", 150), every)
+    judge, levels = judge_run(runs.train("healthy", 150, batch=8), every)
     assert judge.book.alarms == []
     assert set(levels) == {0}
 
@@ -78,7 +78,7 @@ def test_a_collapse_is_seen_early_and_before_the_loss_shows_it(seed, every):
 
 
 def test_a_collapse_at_a_higher_rate_is_critical_at_once():
-    judge, _ = judge_run(runs.train("full", 60), representation=False)
+    judge, _ = judge_run(runs.train("full", 60, batch=8), representation=False)
     assert first(judge, 1) <= 10
     assert first(judge, 2) <= 45
 

@@ -31,7 +31,8 @@ def _no_subnormal_numbers():
 
 def collapse(actions, steps=100):
     detector = CollapseDetector(actions=actions)
-    module, trainer = runs.train(runs.COLLAPSING, [AttentionEntropyMonitor(heatmap_every_n_steps=0), detector], steps)
+    callbacks = [AttentionEntropyMonitor(heatmap_every_n_steps=0), detector]
+    module, trainer = runs.train(runs.COLLAPSING, callbacks, steps, batch=16)
     return runs.attention_entropy_by_head(module.model), detector, module, trainer
 
 

@@ -1,11 +1,10 @@
 """Heads whose vocabulary is cut over two or four CPU processes, against one process."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
+import gloo_ranks
 import pytest
 
 FOLDER = Path(__file__).parent
@@ -16,10 +15,7 @@ from vocab_parallel_worker import CHECKS  # noqa: E402 it lies beside this file
 
 def launch(folder, ranks):
     """What went wrong in each check on each rank."""
-    command = [sys.executable, str(FOLDER / "vocab_parallel_worker.py"), str(folder), str(ranks)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    gloo_ranks.launch(FOLDER / "vocab_parallel_worker.py", folder, ranks=ranks)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)]
 
 

@@ -1,4 +1,4 @@
-"""Run in a process of its own: trains, dies and resumes, a forked child for each run, and prints the batches seen."""
+"""Run in a process of its own: trains, dies and resumes, a forked child for each run, and prints how each ended."""
 
 import json
 import os
@@ -53,8 +53,8 @@ def train(folder, record, die_after=None, resume=None, save_every=4, data=None, 
     trainer.fit(Recorder(folder / record, die_after), module, ckpt_path=resume)
 
 
-if __name__ == "__main__":
-    folder, runs = Path(sys.argv[1]), json.loads(sys.argv[2])
+def codes_of(folder, runs):
+    """Exit codes of forked children, one run after the other."""
     codes = []
     for run in runs:
         child = os.fork()
@@ -67,4 +67,9 @@ if __name__ == "__main__":
                 sys.stdout.flush()
                 os._exit(code)
         codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    print(json.dumps(codes))
+    return codes
+
+
+if __name__ == "__main__":
+    jobs = json.loads(sys.argv[1])
+    print(json.dumps({folder: codes_of(Path(folder), runs) for folder, runs in jobs.items()}))

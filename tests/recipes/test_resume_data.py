@@ -13,25 +13,6 @@ SCRIPT = Path(__file__).with_name("resume_runs.py")
 KILLED = -9
 
 
-@pytest.fixture
-def text(tmp_path):
-    folder = tmp_path / "text"
-    folder.mkdir()
-    words = random.Random(0)
-    for number in range(12):
-        content = " ".join(str(words.randrange(1000)) for _ in range(40))
-        (folder / f"{number}.txt").write_text(content)
-    return str(folder)
-
-
-def run(folder, runs):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(SCRIPT), str(folder), json.dumps(runs)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1]), done.stderr
-
-
 def batches(folder, record, rank=0):
     return (folder / f"{record}.{rank}").read_text().splitlines()
 
@@ -50,19 +31,47 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_killed_and_resumed_run_sees_the_same_batches(tmp_path, text, case):
+def places(case):
+    """Steps in an epoch, and where a case is killed: inside the first epoch, at its end, inside the second."""
+    steps = 16 // (CASES[case].get("devices", 1) * CASES[case].get("accumulate_grad_batches", 1))
+    return steps, (4, steps, steps + 4)
+
+
+def runs_of(case, folder, text):
+    """One run that is left alone, and for each place one that is killed and one that goes on."""
     options = dict(CASES[case])
     data = {"source": text, "sequence_length": 16, "batch_size": 4, "num_workers": options.pop("num_workers", 0)}
-    ranks = options.get("devices", 1)
     runs = [{"record": "whole", "data": data, **options}]
-    steps_per_epoch = 16 // (ranks * options.get("accumulate_grad_batches", 1))
-    steps = (4, steps_per_epoch, steps_per_epoch + 4)  # inside the first epoch, at its end, inside the second
-    for step in steps:
+    for step in places(case)[1]:
         runs.append({**runs[0], "record": f"killed-{step}", "die_after": step})
-        resume = str(tmp_path / f"checkpoints-killed-{step}" / f"step={step}.ckpt")
+        resume = str(folder / f"checkpoints-killed-{step}" / f"step={step}.ckpt")
         runs.append({**runs[0], "record": f"resumed-{step}", "resume": resume})
-    codes, errors = run(tmp_path, runs)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    """Folder and exit codes of each case, and what all wrote to stderr; one process imports torch for all."""
+    text = tmp_path_factory.mktemp("text")
+    words = random.Random(0)
+    for number in range(12):
+        content = " ".join(str(words.randrange(1000)) for _ in range(40))
+        (text / f"{number}.txt").write_text(content)
+    folders = {case: tmp_path_factory.mktemp("case") for case in CASES}
+    jobs = {str(folder): runs_of(case, folder, str(text)) for case, folder in folders.items()}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(SCRIPT), json.dumps(jobs)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    codes = json.loads(done.stdout.splitlines()[-1])
+    return {case: (folder, codes[str(folder)]) for case, folder in folders.items()}, done.stderr
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_killed_and_resumed_run_sees_the_same_batches(outcome, case):
+    (folder, codes), errors = outcome[0][case], outcome[1]
+    ranks, accumulate = (CASES[case].get(name, 1) for name in ("devices", "accumulate_grad_batches"))
+    steps_per_epoch, steps = places(case)
     assert codes[0] == 0, errors
     assert codes[1:] == [KILLED if ranks == 1 else 1, 0] * len(steps), errors
     assert "not resumable" not in errors
@@ -70,17 +79,16 @@ def test_killed_and_resumed_run_sees_the_same_batches(tmp_path, text, case):
 
     everything = []
     for rank in range(ranks):
-        expected = batches(tmp_path, "whole", rank)
+        expected = batches(folder, "whole", rank)
         everything += [line.split(" ", 2)[2] + line.split(" ", 1)[0] for line in expected]
         per_epoch = sum(line.startswith("0 ") for line in expected)
         assert len(expected) > 2 * per_epoch
-        accumulate = options.get("accumulate_grad_batches", 1)
         assert per_epoch == steps_per_epoch * accumulate
         for step in steps:
             epoch, in_epoch = divmod(step, steps_per_epoch)
             seen = epoch * per_epoch + in_epoch * accumulate
-            killed = batches(tmp_path, f"killed-{step}", rank)
+            killed = batches(folder, f"killed-{step}", rank)
             assert len(killed) > seen
             assert killed == expected[: len(killed)]
-            assert batches(tmp_path, f"resumed-{step}", rank) == expected[seen:], f"resumed after step {step}"
+            assert batches(folder, f"resumed-{step}", rank) == expected[seen:], f"resumed after step {step}"
     assert len(set(everything)) == len(everything)  # ranks and positions of an epoch are disjoint
