@@ -112,6 +112,7 @@ def _first_rules(run: Record) -> set[str]:
 def ends_table(record: Record) -> str:
     """How runs end, and what remedies change."""
     header = ["run", "rate", "runs x steps", "loss", "above healthy", "attention entropy", "of one head", "max logit"]
+    header += ["warned", "critical"]
     rows = []
     for name, scenario in sorted(record["scenarios"].items(), key=lambda item: item[1]["learning_rate"]):
         runs = runs_of(record, name)
@@ -121,7 +122,8 @@ def ends_table(record: Record) -> str:
         row += [span((run["end"]["train_loss"] for run in runs), "{:.2f}")]
         row += [span((behind_healthy(record, run) for run in runs), "{:+.2f}") if name != "healthy" else "-"]
         row += [span((run["end"][key] for run in runs), "{:.2f}") for key in ("entropy", "least_entropy")]
-        rows.append([*row, span((run["end"]["logit"] for run in runs), "{:,.0f}")])
+        row.append(span((run["end"]["logit"] for run in runs), "{:,.0f}"))
+        rows.append([*row, *(str(sum(first_alarm(run, level) is not None for run in runs)) for level in (1, 2))])
     return table(header, rows)
 
 
@@ -261,7 +263,7 @@ def draw(path: Path, record: Record, seed: int = 0) -> None:
     note = "triangle: first warning, cross: first critical alarm, dotted: the loss alone would tell"
     figure.supxlabel(f"{note}; seed {seed}, {record['machine']['hardware']}", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
 
 
 def _run(record: Record, name: str, seed: int) -> Record | None:

@@ -42,10 +42,11 @@ def test_a_collapsed_run_recovers_and_the_learning_rate_alone_is_not_enough():
     assert critical
     assert critical[0].step < 60
     assert float(trainer.callback_metrics["train/learning_rate_factor"]) == pytest.approx(0.1)
-    assert float(trainer.callback_metrics["qk_clip/clipped_heads"]) >= 4
+    # logits are still held, at the limit and one step's growth
+    assert float(trainer.callback_metrics["qk_clip/max_logit"]) < 7
     slow, _, other, _ = collapse([LearningRateBackoff(0.1)])
     assert float(slow.mean()) < 0.25
-    assert float(entropy.mean()) > 0.5
+    assert float(entropy.mean()) > 0.7
     assert float(entropy.min()) > 2 * float(slow.min())
     assert runs.end_loss(module) < runs.end_loss(other)
 
@@ -96,6 +97,7 @@ def test_the_order_is_that_of_the_reference():
     assert [type(action).__name__ for action in actions] == ["LearningRateBackoff", "ResetMoments", "QKClip"]
     assert [action.level for action in actions] == [1, 1, 1]
     assert (actions[0].backoff.factor, actions[2].tau) == (0.2, 15.0)
+    assert actions[2].alarm_steps == actions[0].backoff.hold_steps == 200
     assert recovery_actions(names=["wq"])[1].names == ["wq"]
     assert [type(action) for action in CollapseDetector(actions="recovery").actions] == list(map(type, actions))
 
