@@ -92,7 +92,7 @@ def main() -> None:
                 for codec in CODECS:
                     rows.append(known | measure(tensors, codec, threads, args.rounds))
                     print(rows[-1], flush=True)
-    output = args.output or RESULTS / f"codec_rates_{slug(machine)}.json"
+    output = args.output or RESULTS / f"codec_rates_{slug(machine['hardware'])}.json"
     output.write_text(json.dumps({"benchmark": "codec_rates", "machine": machine, "rows": rows}, indent=1) + "\n")
     print(f"Wrote {output}")
 

@@ -24,6 +24,8 @@ from litropy.kernels.attention_entropy_triton_kernels import attention_gradient_
 from litropy.kernels.linear_head_ranking_kernels import ranking_kernel
 from litropy.kernels.linear_head_sparse_kernels import input_gradient_kernel, weight_gradient_kernel
 from litropy.kernels.linear_head_triton_kernels import block_kernel, gradient_kernel, statistics_kernel
+from litropy.kernels.plane_merge_kernels import merge_kernel
+from litropy.kernels.plane_merge_triton import BLOCK as PLANE_BLOCK
 from litropy.kernels.rans_stream import LANES
 from litropy.kernels.rans_triton import SEGMENTS_PER_PROGRAM
 from litropy.kernels.rans_triton_kernels import rans_decode_kernel
@@ -54,6 +56,7 @@ KERNELS: dict[Any, tuple[str, ...]] = {
     attention_statistics_kernel: ("q_ptr", "k_ptr", "bias_ptr"),
     attention_gradient_kernel: ("q_ptr", "k_ptr", "bias_ptr", "da_ptr"),
     rans_decode_kernel: (),
+    merge_kernel: (),
 }
 _ATTENTION, _HEAD_WIDTH = (attention_statistics_kernel, attention_gradient_kernel), 128
 # arguments that may be tensor descriptors, and which block size their rows have
@@ -67,7 +70,7 @@ _INTEGERS |= dict.fromkeys(
     ("divider_ptr", "first_ptr", "second_ptr", "table_ptr", "symbols_ptr", "words_of_ptr", "states_ptr"), "*i32"
 )
 _INTEGERS |= {"output_ptr": "*i64", "words_at_ptr": "*i64", "words_ptr": "*i16", "decoded_ptr": "*u8"}
-_INTEGERS |= {"intact_ptr": "*u8"}
+_INTEGERS |= {"intact_ptr": "*u8", "planes_ptr": "*u8", "others_ptr": "*u32", "merged_ptr": "*u32"}
 _NUMBERS = ("scale", "hiding_bias", "softcap", "inv_temperature", "label_smoothing", "z_loss", "top_p")
 # what is 1 in practice, which Triton specialises on at run time as well
 _UNIT_STRIDES = ("stride_d", "stride_w", "stride_qd", "stride_kd", "stride_mask_k", "stride_bias_k")
@@ -132,6 +135,7 @@ def compile_kernel(kernel: Any, dtype: torch.dtype, target: str, all_options: bo
     blocks |= {"BLOCK_D": tile.block_d, "BLOCK_W": 64, "BLOCK_K": 16, "UPCAST": False, "TMA": tma}
     blocks |= {"BLOCK_R": tile.block_n, "BLOCK_T": tile.block_v, "WIDTH": _HEAD_WIDTH}
     blocks |= {"ROWS": SEGMENTS_PER_PROGRAM, "BUCKETS": 256 if all_options else 32}
+    blocks |= {"PLANES": 4, "KIND": 2, "BLOCK": PLANE_BLOCK}
     types, constants = _arguments(kernel, dtype, blocks, all_options)
     aligned = {
         (position,): [["tt.divisibility", 16]]

@@ -62,14 +62,19 @@ def decode_window(
             part.view(torch.uint8).copy_(_upload(as_is, part.device))
             continue
         by_chunk = [(index, count, planes) for index, count, planes in chunks if isinstance(planes, list)]
-        planes = [
-            _decode_planes([(index, count, planes[k]) for index, count, planes in by_chunk], layout, out.device, impl)
-            for k in range(width)
-        ]
+        planes = torch.empty(width, sum(count for _, count, _ in by_chunk), dtype=torch.uint8, device=out.device)
+        for k, plane in enumerate(planes):
+            _decode_plane([(index, count, planes[k]) for index, count, planes in by_chunk], layout, plane, impl)
         others = None
         if layout.delta:
             others = torch.cat([chunk for chunk in base if chunk is not None]).to(out.device)[start:stop]
-        merge_planes_torch(planes, transform(layout.dtype, layout.delta), others, part)
+        kind = transform(layout.dtype, layout.delta)
+        if impl == "triton":
+            from litropy.kernels.plane_merge_triton import merge_planes
+
+            merge_planes(planes, kind, others, part)
+        else:
+            merge_planes_torch(planes.unbind(), kind, others, part)
 
 
 def _damaged(index: int, layout: TensorLayout, reason: object) -> ValueError:
@@ -80,16 +85,16 @@ def _upload(buffers: Sequence[Buffer], device: torch.device) -> Tensor:
     return torch.frombuffer(bytearray().join(buffers), dtype=torch.uint8).to(device)
 
 
-def _decode_planes(
-    planes: Sequence[tuple[int, int, Plane]], layout: TensorLayout, device: torch.device, impl: Impl
-) -> Tensor:
-    """The same plane of consecutive chunks, (index, words, plane) each, as one tensor [n] uint8."""
-    parts = []
-    for is_rans, group in itertools.groupby(planes, lambda chunk: chunk[2].method == RANS):
-        chunks = list(group)
+def _decode_plane(chunks: Sequence[tuple[int, int, Plane]], layout: TensorLayout, out: Tensor, impl: Impl) -> None:
+    """The same plane of consecutive chunks, (index, words, plane) each, to ``out`` [n] uint8."""
+    start = 0
+    for is_rans, group in itertools.groupby(chunks, lambda chunk: chunk[2].method == RANS):
+        run = list(group)
+        part = out[start : start + sum(count for _, count, _ in run)]
+        start += len(part)
         streams: list[RansStream] = []
         contents: list[Buffer] = []
-        for index, count, plane in chunks:
+        for index, count, plane in run:
             try:
                 if is_rans:
                     streams.append(parse_stream(plane.data, count))
@@ -98,16 +103,14 @@ def _decode_planes(
             except ValueError as error:
                 raise _damaged(index, layout, error) from error
         if not is_rans:
-            parts.append(_upload(contents, device))
+            part.copy_(_upload(contents, out.device))
             continue
         if impl == "triton":
             from litropy.kernels.rans_triton import decode_batch
         else:
             from litropy.kernels.rans_torch import decode_batch
         batch = batch_streams(streams)
-        parts.append(torch.empty(batch.total, dtype=torch.uint8, device=device))
-        intact = decode_batch(batch, parts[-1]).cpu().numpy()
+        intact = decode_batch(batch, part).cpu().numpy()
         if not intact.all():
-            index = chunks[batch.table_of[intact.argmin()]][0]
+            index = run[batch.table_of[intact.argmin()]][0]
             raise _damaged(index, layout, "a rANS stream does not end where it must, its states or words are wrong")
-    return parts[0] if len(parts) == 1 else torch.cat(parts)

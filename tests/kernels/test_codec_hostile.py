@@ -96,7 +96,7 @@ def test_damaged_streams(alphabet, data):
 
 @pytest.mark.parametrize("alphabet", STREAMS)
 @given(data=st.data())
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=4)
 def test_damaged_states_and_words_in_triton(alphabet, data, triton_decode):
     stream = parse_stream(STREAMS[alphabet], COUNT)
     raw = data.draw(mutated(stream.states.tobytes() + stream.words.tobytes()))

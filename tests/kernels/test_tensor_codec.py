@@ -112,7 +112,9 @@ def test_triton_decodes_tensors(dtype):
 
 @settings(deadline=None, max_examples=40)
 @given(st.sampled_from(sorted(DTYPES)), st.booleans(), st.integers(1, 70), st.integers(0, 2**31))
-def test_planes_are_the_same_from_numba_numpy_and_torch(name, delta, count, seed):
+def test_planes_are_the_same_from_numba_numpy_torch_and_triton(name, delta, count, seed):
+    from litropy.kernels.plane_merge_triton import merge_planes as merge_planes_triton
+
     dtype = DTYPES[name]
     x, base = random_bits(dtype, count, seed=seed), random_bits(dtype, count, seed=seed + 1)
     kind, other = transform(dtype, delta), words(base) if delta else None
@@ -129,6 +131,9 @@ def test_planes_are_the_same_from_numba_numpy_and_torch(name, delta, count, seed
         assert_same_bits(out, x)
     out = torch.empty_like(x)
     merge_planes_torch([torch.tensor(plane) for plane in planes], kind, base if delta else None, out)
+    assert_same_bits(out, x)
+    out = torch.empty_like(x)
+    merge_planes_triton(torch.tensor(planes), kind, base if delta else None, out)
     assert_same_bits(out, x)
 
 
