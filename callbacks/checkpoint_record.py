@@ -10,9 +10,18 @@ import torch
 import xxhash
 from torch import Tensor
 
-from litropy.kernels.tensor_codec import DTYPES, TensorLayout
+from litropy.kernels.tensor_codec import DTYPES, TensorLayout, decode_chunks
 
-__all__ = ["ReadBytes", "Record", "head_bytes", "most_bytes", "read_record", "render_head", "tensor_bytes"]
+__all__ = [
+    "ReadBytes",
+    "Record",
+    "decode_record",
+    "head_bytes",
+    "most_bytes",
+    "read_record",
+    "render_head",
+    "tensor_bytes",
+]
 
 ReadBytes = Callable[[int, int], bytes]  # offset within the record, length
 
@@ -112,6 +121,34 @@ def read_record(read: ReadBytes, nbytes: int) -> Record:
         raise ValueError(f"its chunks end at byte {int(ends[-1]) if len(ends) else length} of {nbytes}")
     starts = tuple((ends - index["length"]).tolist())
     return Record(layout, digest, head[-_CHECKSUM_BYTES:].hex(), lengths, tuple(index["checksum"].tolist()), starts)
+
+
+def decode_record(payload: Tensor) -> Tensor:
+    """Decode a tensor from its record alone, on the device where the record is.
+
+    Args:
+        payload: uint8, of any shape: a tensor of a compressed file as another reader gives it.
+
+    Returns:
+        The tensor, on the same device.
+
+    Raises:
+        ValueError: if that is no record, or a damaged one, or one that holds only a difference.
+    """
+    if payload.dtype != torch.uint8:
+        raise ValueError(f"it is {payload.dtype}, but encoded tensors are torch.uint8")
+    data = payload.detach().reshape(-1).cpu().numpy()
+
+    def read(offset: int, length: int) -> bytes:
+        return data[offset : offset + length].tobytes()
+
+    record = read_record(read, data.size)
+    if record.layout.delta:
+        raise ValueError("it is a difference, and its base is not known here")
+    tensor = decode_chunks(record.payloads(read), record.layout, device=payload.device)
+    if tensor.device.type == "cpu" and xxhash.xxh3_128_digest(tensor_bytes(tensor.reshape(-1))) != record.digest:
+        raise ValueError("the checksum of its values is wrong")
+    return tensor
 
 
 def tensor_bytes(values: Tensor) -> Any:

@@ -20,15 +20,16 @@ def test_a_run_is_saved_resumed_and_evaluated_compressed(litropy, project):
         3,
     ]
     place = ["--trainer.default_root_dir", "compressed"]
-    result = litropy("fit", *options, *place, "--trainer.max_steps", 8)
-    assert result.code == 0, result.err
+    stop = "--trainer.callbacks+={class_path: stoppers.InterruptAt, init_args: {step: 6}}"
+    result = litropy("fit", *options, *place, stop)
+    assert result.code == 130, result.err
     run = project / "compressed" / "tiny" / "version_0"
     for name in ("last", "best"):
         with open_file(run / "checkpoints" / f"{name}.ckpt") as file:
             assert file.state["tree"]["hyper_parameters"]["learning_rate"] == 0.01
             assert any(tensor.startswith("optimizer_states/0/state/") for tensor in file.names)
-    result = litropy("fit", *options, *place, "--trainer.max_steps", 12, "--ckpt_path", "last")
-    assert "going on from 9" in result.out, result.err
+    result = litropy("fit", *options, *place, "--ckpt_path", "last")
+    assert "going on from 6" in result.out, result.err
     result = litropy("fit", "--config", "tiny.yaml", "--trainer.default_root_dir", "plain")
     assert result.code == 0, result.err
     expected = torch.load(project / "plain" / "tiny" / "version_0" / "checkpoints" / "last.ckpt", weights_only=False)
