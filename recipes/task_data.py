@@ -210,8 +210,19 @@ class TaskDataModule(LightningDataModule):
         return ResumableLoader(self._batches("train"), order, self._position, self.num_workers, identity)
 
     def val_dataloader(self) -> ResumableLoader:
-        """Held-out samples, each once; equally many batches on each rank, of which the last may be short or empty."""
-        batches = eval_batches(len(self._problems["val"]), self.batch_size, *self._rank())
+        """Held-out samples, each once; without the few that do not divide evenly, so that no rank waits for others.
+
+        Raises:
+            ValueError: if there are fewer problems than ranks.
+        """
+        rank, ranks = self._rank()
+        count = len(self._problems["val"]) // ranks * ranks
+        if not count:
+            raise ValueError(
+                f"There are {len(self._problems['val'])} problems to validate on, fewer than the {ranks} devices; raise"
+                " `num_val` or `val_fraction`."
+            )
+        batches = eval_batches(count, self.batch_size, rank, ranks)
         return ResumableLoader(self._batches("val"), lambda epoch: batches, num_workers=self.num_workers)
 
     def test_dataloader(self) -> ResumableLoader:
@@ -256,7 +267,7 @@ class _Batches:
         self.samples = samples
 
     def __getitem__(self, rows: np.ndarray) -> list[Sample]:
-        return [self.samples[int(row)] for row in rows if row >= 0]
+        return [self.samples[int(row)] for row in rows]
 
 
 def _give_tokenizer(reward: Reward, tokenizer: Any) -> None:

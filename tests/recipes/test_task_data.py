@@ -148,8 +148,11 @@ def test_ranks_divide_a_batch_and_see_equally_many():
         parts.append([[sample.sample_id for sample in batch] for batch in part.train_dataloader()])
         val.append([[sample.sample_id for sample in batch] for batch in part.val_dataloader()])
     assert [a + b for a, b in zip(*parts, strict=True)] == whole
-    assert len(val[0]) == len(val[1])
-    assert sorted(row for batch in val[0] + val[1] for row in batch) == list(range(11))
+    assert [len(batch) for batch in val[0]] == [len(batch) for batch in val[1]] == [4, 1]
+    assert sorted(row for batch in val[0] + val[1] for row in batch) == list(range(10)), "what divides evenly, once"
+    data._rank = lambda: (11, 12)
+    with pytest.raises(ValueError, match="11 problems to validate on, fewer than the 12 devices"):
+        data.val_dataloader()
 
 
 def test_worker_processes_make_the_same_batches():
