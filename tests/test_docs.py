@@ -57,7 +57,8 @@ def test_verified_architectures_are_those_that_are_tested():
 
 
 def test_every_packaged_config_is_described():
-    listed = re.findall(r"^\| `([\w/]+\.yaml)`", (DOCS / "configs.md").read_text(), re.MULTILINE)
+    pages = "\n".join((DOCS / name).read_text() for name in ("configs.md", "steering.md"))
+    listed = re.findall(r"^\| `([\w/]+\.yaml)`", pages, re.MULTILINE)
     assert sorted(listed) == sorted(packaged_configs())
 
 

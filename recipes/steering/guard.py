@@ -1,6 +1,6 @@
 """Which combinations of methods do nothing, or count twice."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from litropy.recipes.steering.adaptive_clip import AdaptiveClip
 from litropy.recipes.steering.aggregation import ConstantLength, SequenceMean, SequenceSum
@@ -25,7 +25,7 @@ from litropy.recipes.steering.unclipped import Unclipped
 __all__ = ["explain"]
 
 
-def _names(components: list[Component]) -> str:
+def _names(components: Sequence[Component]) -> str:
     return ", ".join(type(component).__name__ for component in components)
 
 
@@ -61,7 +61,7 @@ def _counted_twice(methods: Methods) -> Iterator[str]:
     if isinstance(methods.clip, CISPO) and clip_cov:
         yield "ClipCov beside CISPO takes away gradients that CISPO is there to keep."
     if len(methods.regularisers) > 1:
-        names = _names([*methods.regularisers])
+        names = _names(methods.regularisers)
         yield f"Several regularisers ({names}) push the same entropy; their coefficients add up."
     distances = [penalty for penalty in methods.penalties if isinstance(penalty, ReferenceKL | BucketKL)]
     if len(distances) > 1:
@@ -78,7 +78,7 @@ def _aggregated_otherwise(methods: Methods) -> Iterator[str]:
             yield "GSPO's ratio is one a response, and its paper takes the mean a response: SequenceMean."
         if methods.masks:
             yield (
-                f"{_names([*methods.masks])} beside GSPO leaves no token out: the kept ones' gradient reaches all"
+                f"{_names(methods.masks)} beside GSPO leaves no token out: the kept ones' gradient reaches all"
                 " tokens of the response through its ratio."
             )
     if isinstance(methods.advantage, DrGRPO) and not isinstance(methods.aggregation, ConstantLength | SequenceSum):

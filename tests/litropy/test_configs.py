@@ -9,12 +9,12 @@ from litropy.config_files import packaged_configs
 from litropy.help_pages import documented_arguments
 
 ALL = packaged_configs()
-# fragments for a second --config are tested in test_monitor_configs.py and test_checkpoint_configs.py
-CONFIGS = {name: path for name, path in ALL.items() if not name.startswith(("monitor/", "checkpoint/"))}
+# fragments for a second --config have tests of their own: test_monitor_configs.py and so on
+CONFIGS = {name: path for name, path in ALL.items() if not name.startswith(("monitor/", "checkpoint/", "steering/"))}
 FIELDS = {
     "Hardware": r"(second|minute)",
-    "Expect": r"loss",
-    "Command": r"litropy fit (--config quickstart/pretrain_cpu\.yaml )?--config {name}$",
+    "Expect": r"(loss|entropy)",
+    "Command": r"litropy fit (--config quickstart/(pretrain|rlvr)_cpu\.yaml )?--config {name}$",
     "Overrides": r"--",
 }
 DEFAULTS = {
