@@ -144,7 +144,10 @@ class CollapseDetector(Callback):
             for callback in trainer.callbacks  # type: ignore[attr-defined]
             if isinstance(callback, PublishesReadings)
         ]
-        self._names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
+        # gradients of reparametrised weights are as small as the weights are large, which says nothing of learning
+        self._names = {
+            id(p): name for name, p in pl_module.named_parameters() if ".parametrizations." not in f".{name}"
+        }
         # on the device already, so that logging one copies nothing
         self._levels = list(torch.arange(3.0, device=pl_module.device).unbind())
 

@@ -102,7 +102,8 @@ class GradientFloor(PlainState):
     r"""Gradients so small that the optimiser's epsilon swallows them (warning).
 
     :math:`\mathrm{RMS}(g) / \epsilon < 10` for a tenth of the weight matrices, for three probes and ten steps.
-    Gradients that are exactly zero are left out (frozen or unused weights), and nothing warns once the loss is under
+    Gradients that are exactly zero are left out (frozen or unused weights), the detector gives none of reparametrised
+    weights (``SigmaReparam``), whose gradients are as small as they are large, and nothing warns once the loss is under
     5 % of that of the first steps.
     """
 

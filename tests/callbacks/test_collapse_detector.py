@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -281,6 +282,28 @@ def test_vanishing_gradients_are_seen_without_any_monitor(tmp_path):
     alarm = next(alarm for alarm in detector.alarms if alarm.rule == "gradient_floor")
     assert alarm.level == 1
     assert "weight" in alarm.message
+
+
+@pytest.mark.parametrize("reparametrised", [False, True])
+def test_the_size_of_gradients_says_nothing_where_that_of_weights_is_arbitrary(tmp_path, reparametrised):
+    class Flat(pl.LightningModule):
+        kind = "healthy"
+
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(3, 2, bias=False)
+            if reparametrised:
+                weight_norm(self.linear)
+
+        def training_step(self, batch, batch_idx):
+            return 1.0 + 1e-9 * self.linear(torch.ones(3)).square().sum()
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), 1e-4)
+
+    detector = CollapseDetector()
+    fit(tmp_path, Flat(), [detector], 41)
+    assert {alarm.rule for alarm in detector.alarms} == (set() if reparametrised else {"gradient_floor"})
 
 
 def test_a_loss_that_is_not_finite_is_critical(tmp_path):
