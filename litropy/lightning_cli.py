@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,12 +124,11 @@ class CommandLine(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Make our own classes the default, or those that the user chooses."""
-        parser.set_defaults(
-            {
-                key: {"class_path": chosen_class(self.arguments, key, f"litropy.recipes.{name}")}
-                for key, name in (("model", "LanguageModel"), ("data", "TextDataModule"))
-            }
-        )
+        for key, default in (("model", "litropy.recipes.LanguageModel"), ("data", "litropy.recipes.TextDataModule")):
+            parser.set_defaults({key: {"class_path": default}})
+            chosen = chosen_class(self.arguments, key, default)
+            with suppress(ValueError):  # parsing says what is wrong with the name of a class
+                parser.set_defaults({key: {"class_path": chosen}})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse."""
