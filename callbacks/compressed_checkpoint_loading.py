@@ -56,7 +56,9 @@ def read_checkpoint(
 def is_torch_file(path: str | os.PathLike[str]) -> bool:
     """Whether a file is one of ``torch.save``."""
     with open(path, "rb") as file:
-        return file.read(2) in (b"PK", b"\x80\x02")
+        start = file.read(9)
+    # ours begins with the length of its header, which may be any number, and then the header
+    return start[:2] in (b"PK", b"\x80\x02") and start[8:] != b"{"
 
 
 def load_from_checkpoint(

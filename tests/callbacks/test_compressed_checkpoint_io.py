@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Si
 
 from litropy.callbacks.checkpoint_format import open_file, save_file
 from litropy.callbacks.compressed_checkpoint_io import CompressedCheckpointIO, refuse_sharded
-from litropy.callbacks.compressed_checkpoint_loading import load_from_checkpoint
+from litropy.callbacks.compressed_checkpoint_loading import is_torch_file, load_from_checkpoint
 
 SCRIPT = Path(__file__).with_name("compressed_runs.py")
 # no package, so that no folder of tests hides one of ours
@@ -167,6 +167,10 @@ def test_a_module_is_loaded_from_a_checkpoint(tmp_path):
 
 
 def test_checkpoints_of_torch_save_can_be_read(tmp_path):
+    (tmp_path / "ours").write_bytes(0x4B50.to_bytes(8, "little") + b'{"__metadata__"')
+    assert not is_torch_file(tmp_path / "ours"), "a header of 19280 bytes begins as a zip file does"
+    torch.save({"epoch": 3}, tmp_path / "older.ckpt", _use_new_zipfile_serialization=False)
+    assert is_torch_file(tmp_path / "older.ckpt")
     torch.save({"epoch": 3}, tmp_path / "old.ckpt")
     assert CompressedCheckpointIO().load_checkpoint(tmp_path / "old.ckpt") == {"epoch": 3}
 
