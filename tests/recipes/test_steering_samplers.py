@@ -10,6 +10,7 @@ import torch
 
 from litropy.losses import HeadStats
 from litropy.recipes import steering as s
+from litropy.recipes.rlvr_sampling import HuggingFaceEngine, RolloutRequest
 from litropy.recipes.steering.batch import UpdateBatch
 from litropy.recipes.steering.mirostat import zipf_cutoff
 
@@ -155,6 +156,37 @@ def test_log_entropies_are_measured_as_in_the_paper(rollouts):
         assert found == pytest.approx(hapo(values[mask].tolist(), released=released), abs=1e-12)
         assert max(found) == pytest.approx(1)
         assert min(found) == (0 if released else pytest.approx(-1))
+
+
+def sampler(name, rollouts):
+    if name == "adaptive":
+        method = s.AdaptiveTemperature(1.1, 0.3)
+        method.after_step(UpdateBatch(rollouts, rollouts.stats.logprob, rollouts.stats))
+        return method
+    return {"top_h": s.TopH(0.6), "zipf": s.Mirostat(0.8), "surprise": s.Mirostat(0.8, cutoff="surprise")}[name]
+
+
+@pytest.mark.parametrize("name", ["top_h", "zipf", "surprise", "adaptive"])
+def test_engine_and_sampler_keep_each_response_apart(rollouts, name):
+    """Responses one by one, from the model's logits in one go, have the log-probabilities and temperatures recorded."""
+    policy, prompts = problems.policy(), torch.tensor([[5, 6, 7], [8, 9, 4]])
+    asked = RolloutRequest(prompts, torch.ones_like(prompts), 3, 6, [1], 0, 2)
+    found = HuggingFaceEngine(max_rows=4).generate(policy, asked, sampler(name, rollouts))
+    alone, some = sampler(name, rollouts), set()
+    for row in range(6):
+        response = found.responses[row][found.mask[row]]
+        with torch.no_grad():
+            rows = policy.causal_lm(torch.cat([prompts[row // 3], response])[None]).logits[0, 2:-1]
+        alone.begin(1, rows.device)
+        for place, token in enumerate(response.tolist()):
+            heat = alone.temperatures(rows[place : place + 1])
+            known = (rows[place : place + 1] / heat[:, None]).log_softmax(-1)
+            left = alone.truncate(known).log_softmax(-1)
+            alone.observe(known[:, token])
+            assert float(found.behaviour[row, place]) == pytest.approx(float(left[0, token]), abs=2e-4)
+            assert float(found.temperature[row, place]) == pytest.approx(float(heat), abs=2e-4)
+            some |= {float(heat)} if name == "adaptive" else {int(left.isfinite().sum())}
+    assert len(some) > 2
 
 
 @pytest.mark.parametrize("marker", [[5], [5, 7]])
