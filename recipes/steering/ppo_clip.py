@@ -26,7 +26,7 @@ def clipped_surrogate(ratio: Tensor, advantage: Tensor, low: Bound, high: Bound,
         >>> clipped_surrogate(torch.tensor([1.5, 1.5, 4.0]), torch.tensor([1.0, -1.0, -1.0]), 0.2, 0.2, dual=3.0)
         tensor([-1.2000,  1.5000,  3.0000])
     """
-    bounded = torch.minimum(torch.maximum(ratio, torch.as_tensor(1 - low)), torch.as_tensor(1 + high))
+    bounded = ratio.clamp(min=1 - low).clamp(max=1 + high)
     losses = torch.maximum(-ratio * advantage, -bounded * advantage)
     if dual is not None:
         losses = torch.where(advantage < 0, torch.minimum(losses, -dual * advantage), losses)

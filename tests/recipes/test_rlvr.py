@@ -11,6 +11,7 @@ import torch
 from gloo_ranks import launch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
 
 from litropy.recipes import RLVR, TaskDataModule
 from litropy.recipes import steering as s
@@ -434,6 +435,18 @@ def test_the_warm_start_learns_solutions_and_their_end():
 
 
 # evaluation
+
+
+class ShortLast(problems.Sums):
+    def val_dataloader(self):
+        return DataLoader([self.samples()[:3], []], batch_size=None)
+
+
+def test_a_rank_without_a_prompt_left_takes_no_part_in_validation():
+    module = make(reward=Same())
+    trainer = problems.trainer()
+    (found,) = trainer.validate(module, datamodule=ShortLast(), verbose=False)
+    assert found["val/pass_at_1"] == found["val/pass_at_k"] == 1
 
 
 def test_pass_at_k_counts_subsets():
