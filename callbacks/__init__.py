@@ -3,6 +3,7 @@
 from litropy.callbacks.attention_entropy_monitor import AttentionEntropyMonitor
 from litropy.callbacks.collapse_detector import CollapseDetector
 from litropy.callbacks.compressed_checkpoint_io import CompressedCheckpointIO
+from litropy.callbacks.compressed_export import CompressedExport
 from litropy.callbacks.curves import Curves
 from litropy.callbacks.entropy_regularizer import AttentionEntropyRegularizer
 from litropy.callbacks.hugging_face_folder import HuggingFaceFolder
@@ -24,6 +25,7 @@ __all__ = [
     "AttentionEntropyRegularizer",
     "CollapseDetector",
     "CompressedCheckpointIO",
+    "CompressedExport",
     "Curves",
     "HuggingFaceFolder",
     "LastCheckpoint",

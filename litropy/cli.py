@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 
 from litropy import __version__
+from litropy.checkpoint_commands import CHECKPOINT_COMMANDS, run_checkpoint_command
 from litropy.config_files import check_yaml, config_table, copy_config, find_config
 from litropy.help_pages import COMMANDS, command_help, configs_help, main_help
 from litropy.parse_errors import did_you_mean, shorten
@@ -43,8 +44,12 @@ def _dispatch(arguments: list[str]) -> None:
         print(f"litropy {__version__}")
     elif command == "configs":
         _configs(arguments[1:])
+    elif command in CHECKPOINT_COMMANDS:
+        _on_files(command, arguments[1:])
     elif command not in COMMANDS:
-        _fail(f"There is no command {command!r}.{did_you_mean(command, [*COMMANDS, 'configs'])}", 2)
+        _fail(
+            f"There is no command {command!r}.{did_you_mean(command, [*COMMANDS, *CHECKPOINT_COMMANDS, 'configs'])}", 2
+        )
     elif {"-h", "--help"} & set(arguments):
         print(command_help(command))
     else:
@@ -71,6 +76,15 @@ def _configs(arguments: list[str]) -> None:
             _fail(f"configs {' '.join(arguments)}: not understood.\n{configs_help()}", 2)
     except ValueError as error:
         _fail(str(error), 2)
+
+
+def _on_files(command: str, arguments: list[str]) -> None:
+    try:
+        run_checkpoint_command(command, arguments)
+    except (ValueError, OSError) as error:
+        if os.environ.get("LITROPY_DEBUG", "0") not in ("", "0"):
+            raise
+        _fail(str(error), 1)
 
 
 def _train(arguments: list[str]) -> None:

@@ -6,6 +6,8 @@ import textwrap
 from importlib.util import find_spec
 from pathlib import Path
 
+from litropy.checkpoint_commands import CHECKPOINT_COMMANDS
+
 __all__ = ["COMMANDS", "command_help", "configs_help", "documented_arguments", "main_help"]
 
 COMMANDS = {
@@ -55,7 +57,7 @@ def main_help() -> str:
             "",
             "usage: litropy COMMAND [options]",
             "",
-            _rows(commands | {"configs": "list, show or copy the packaged configs"}),
+            _rows(commands | CHECKPOINT_COMMANDS | {"configs": "list, show or copy the packaged configs"}),
             "",
             "litropy COMMAND --help shows the options of a command. To begin with:",
             "",

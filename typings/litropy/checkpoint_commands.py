@@ -1,0 +1,1 @@
+../../litropy/checkpoint_commands.py
