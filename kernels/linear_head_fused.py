@@ -41,15 +41,15 @@ _MAX_HALF_ROUNDINGS = 6
 class RowLoss(NamedTuple):
     """A row's loss and its weight: ``row_weight ((1 - s) w_y nll + s sum_v c_v (-log p_v) + z_loss lse^2)``."""
 
-    row_weight: Tensor | None  # [N]; None: 1 each
+    row_weight: Tensor  # [N]
     nll_weight: Tensor | None = None  # [N], w_y
     label_smoothing: float = 0.0
     z_loss: float = 0.0
 
     def of_rows(self, rows: Tensor | slice) -> "RowLoss":
         """The loss of some rows."""
-        row_weight, nll_weight = (None if x is None else x[rows] for x in (self.row_weight, self.nll_weight))
-        return self._replace(row_weight=row_weight, nll_weight=nll_weight)
+        nll_weight = None if self.nll_weight is None else self.nll_weight[rows]
+        return self._replace(row_weight=self.row_weight[rows], nll_weight=nll_weight)
 
 
 def rows_that_fit(num_rows: int, vocabulary: int, dtype: torch.dtype, budget: int) -> int:
@@ -131,11 +131,12 @@ def fused_gradients(
         assert block_target is not None
         tile, block_loss = raw_logits(hidden, head, slice(0, V), work), loss.of_rows(index)
         scale = None
-        if is_full and sum_bias is None and block_loss.row_weight is not None:
-            scale, block_loss = block_loss.row_weight[:, None], block_loss._replace(row_weight=None)
-            hidden = hidden * scale
-        turn = block_gradient or _torch_block_gradient
-        stats.put(index, turn(tile, head.of_rows(index), block_target, block_loss, want, work, sum_bias))
+        if is_full and sum_bias is None:
+            scale = block_loss.row_weight[:, None]
+            hidden, block_loss = hidden * scale, block_loss._replace(row_weight=torch.ones_like(block_loss.row_weight))
+        block = (tile, head.of_rows(index), block_target, block_loss, want, work, sum_bias)
+        found = block_gradient(*block) if block_gradient else _torch_block_gradient(*block, scale is not None)
+        stats.put(index, found)
         if gradients.input is not None:
             for columns, matrix in head.factors():
                 product = torch.mm(tile, matrix)
@@ -175,9 +176,19 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 
 def _torch_block_gradient(
-    tile: Tensor, head: Head, target: Tensor, loss: RowLoss, want: Want, work: Workspace, sum_bias: Tensor | None
+    tile: Tensor,
+    head: Head,
+    target: Tensor,
+    loss: RowLoss,
+    want: Want,
+    work: Workspace,
+    sum_bias: Tensor | None,
+    unweighted: bool,
 ) -> RowStats:
-    """Turn raw logits [n, V] into their gradient in place; add that of the bias; return the rows' statistics."""
+    """Turn raw logits [n, V] into their gradient in place; add that of the bias; return the rows' statistics.
+
+    ``unweighted`` says that every row's weight is 1.
+    """
     stats = RowStats.zeros(tile.shape[0], tile, head.stats_dtype, True, want)
     is_plain = not any(want)
     in_place = is_plain and not work.is_half and not head.has_slope
@@ -193,10 +204,8 @@ def _torch_block_gradient(
             dz = e.div_(sums.s[:, None])
         stats.put(part, found)
         weight, nll_weight, label_smoothing, z_loss = loss.of_rows(part)
-        if weight is None:
-            weight = torch.ones_like(found.lse)
         cotangents = loss_cotangents(weight, nll_weight, found.lse, label_smoothing, z_loss)
-        if loss.row_weight is not None or nll_weight is not None or z_loss:  # else the factor is 1
+        if not unweighted or nll_weight is not None or z_loss:  # else the factor of every probability is 1
             dz.mul_(cotangents.of_p(found.lse, head.mean_total)[:, None])
         add_target_gradient_(dz, 0, head, target[part], cotangents)
         apply_slope_(dz, slope, head)
