@@ -47,7 +47,7 @@ def test_what_is_no_tensor_survives(tree):
 @pytest.mark.parametrize(
     "value",
     [
-        {"$": "tensor", "v": "a trap"}, OrderedDict(b=1, a=2), Counter("hello"), deque([1, (2,)]), {1, "x"},
+        {"$": "tensor", "v": "a trap"}, OrderedDict(b=1, a=2), Counter("hello"), deque([1, (2,)]), {(1, "x")},
         frozenset([2]),
         Namespace(a=[1], b=Namespace(c=None)), AttributeDict(a=1), -0.0, math.inf, 2**200, "\ud800", np.float32(1.1),
         np.int64(3), np.bool_(True), random.Random(3).getstate(), [], {}, (), {(1, 2): {None: ()}},
