@@ -23,6 +23,8 @@ METHOD = VARIANT = "litropy"
 _PLAIN = "model{}.safetensors"
 _INDEX = "model.safetensors.index{}.json"
 _REPORT = "litropy_report.json"
+# Hugging Face takes this key for the name of the weights' file, and says that it is none; our loader takes it away
+_GUARD = {"transformers_weights": "compressed: `import litropy.huggingface` first, then give variant='litropy'"}
 
 
 def compress_folder(
@@ -36,7 +38,8 @@ def compress_folder(
     """Write a folder whose weights load, bit for bit, with ``from_pretrained(folder, variant="litropy")``.
 
     Loading needs ``import litropy.huggingface`` first; without it every way of loading is an error, as the weights'
-    file has another name, and in it each tensor has another shape. Every tensor is decoded again and checked.
+    file has another name, ``config.json`` names one that does not exist, and each tensor has another shape. Every
+    tensor is decoded again and checked.
 
     Args:
         source: folder with ``config.json`` and ``model*.safetensors``.
@@ -56,6 +59,11 @@ def compress_folder(
     config = _config(source)
     if config.get("quantization_config"):
         raise ValueError(f"{source} is quantised or compressed already; give the folder of the plain weights.")
+    if config.get("transformers_weights"):
+        raise ValueError(
+            f"{source} names its weights' file {config['transformers_weights']!r} in config.json; only model.safetensors"
+            " and its shards are read: rename the file, and drop the key `transformers_weights`."
+        )
     with _new_folder(destination) as folder:
         report: dict[str, Any] = {"tensor_bytes": 0, "file_bytes": 0, "tensors": 0, "bit_exact": True, "digests": {}}
         for name in _shards(source, ""):
@@ -71,7 +79,7 @@ def compress_folder(
         report["ratio"] = report["file_bytes"] / max(report["tensor_bytes"], 1)
         _copy_index(source, folder, "", f".{VARIANT}", lambda name: name.replace("model", f"model.{VARIANT}", 1))
         _copy_rest(source, folder)
-        config["quantization_config"] = {"quant_method": METHOD, "version": 1}
+        config |= {"quantization_config": {"quant_method": METHOD, "version": 1}, **_GUARD}
         _write_json(folder / "config.json", config)
         _write_json(folder / _REPORT, report)
     return report
@@ -99,6 +107,8 @@ def decompress_folder(
     config = _config(source)
     if (config.pop("quantization_config", None) or {}).get("quant_method") != METHOD:
         raise ValueError(f"{source} is not compressed by litropy; its config.json does not say so.")
+    for key in _GUARD:
+        config.pop(key, None)
     with _new_folder(destination) as folder:
         for name in _shards(source, f".{VARIANT}"):
             with CheckpointFile(source / name) as file:

@@ -14,6 +14,11 @@ from litropy.callbacks.compressed_folder import METHOD
 
 __all__ = ["CompressedConfig", "CompressedQuantizer"]
 
+_NO_PLANS = (
+    "compressed weights are not loaded under a tensor-parallel plan. Leave `tp_plan` and `tp_size` out, or"
+    " `litropy decompress` the folder first."
+)
+
 
 @register_quantization_config(METHOD)
 class CompressedConfig(QuantizationConfigMixin):
@@ -40,6 +45,24 @@ class CompressedQuantizer(HfQuantizer):
     """Decodes every tensor of the file, before whatever else the architecture does with it."""
 
     _leaves: tuple[str, ...] = ()
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """See the config before the weights' file is looked for.
+
+        Raises:
+            ValueError: if tensor parallelism is asked for.
+        """
+        plan = getattr(config, "distributed_config", None)
+        plan = plan if isinstance(plan, dict) else vars(plan or object)
+        if (plan.get("tp_size") or 1) > 1:
+            raise ValueError(f"`tp_size` is {plan['tp_size']}: {_NO_PLANS}")
+        # with this key, Hugging Face alone refuses to load the folder
+        if hasattr(config, "transformers_weights"):
+            del config.transformers_weights
+        return config
+
+    # older versions have this hook in its place
+    update_tp_plan = update_attn_implementation
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self._leaves = tuple(sorted({name.rpartition(".")[2] for name in model.state_dict()}))
@@ -102,10 +125,7 @@ class Decode(ConversionOps):
         """
         target = model.get_parameter_or_buffer(full_layer_name) if model is not None else None
         if isinstance(target, DTensor):
-            raise ValueError(
-                f"{full_layer_name} is sharded: compressed weights are not loaded under a tensor-parallel plan. Leave"
-                " `tp_plan` out, or `litropy decompress` the folder first."
-            )
+            raise ValueError(f"{full_layer_name} is sharded: {_NO_PLANS}")
         dtype = None if target is None else target.dtype
         return {
             pattern: [

@@ -7,10 +7,12 @@ import sys
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import litropy.callbacks.compressed_quantizer  # noqa: F401 (registers the loader)
 from litropy.callbacks.compressed_folder import compress_folder, decompress_folder
+from litropy.callbacks.compressed_quantizer import CompressedConfig, CompressedQuantizer, Decode
 
 SIZES = {
     "llama": {"num_key_value_heads": 1},
@@ -27,6 +29,14 @@ def tiny(architecture, **options):
     inner = {} if architecture == "gpt2" else {"intermediate_size": 24}
     config = AutoConfig.for_model(architecture, **sizes, **inner, **SIZES[architecture])
     return AutoModelForCausalLM.from_config(config, **options)
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    """A mesh of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/ranks", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
 
 
 def assert_same_weights(left, right):
@@ -86,11 +96,12 @@ import sys
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 folder = sys.argv[1]
 for cls in (AutoModelForCausalLM, AutoModel, LlamaForCausalLM):
-    for options in ({}, {"variant": "litropy"}, {"variant": "litropy", "use_safetensors": True}):
+    variant = {"variant": "litropy"}
+    for options in ({}, variant, {**variant, "use_safetensors": True}, {**variant, "ignore_mismatched_sizes": True}):
         try:
             cls.from_pretrained(folder, **options)
         except Exception as error:
-            print("refused", type(error).__name__)
+            print("refused", "import litropy.huggingface" in str(error))
         else:
             print("LOADED", cls, options)
 assert "litropy" not in sys.modules
@@ -104,7 +115,25 @@ def test_without_litropy_every_way_of_loading_is_an_error(tmp_path):
     command = [sys.executable, "-c", ATTEMPTS, str(tmp_path / "compressed")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["refused"] * 9, done.stdout
+    assert done.stdout.splitlines() == ["refused True"] * 12, done.stdout
+
+
+def test_tensor_parallel_plans_are_refused(tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "plain")
+    compress_folder(tmp_path / "plain", tmp_path / "compressed")
+    config = AutoConfig.from_pretrained(tmp_path / "compressed")
+    config.distributed_config = {"tp_size": 2, "tp_plan": "auto"}
+    with pytest.raises(ValueError, match=r"`tp_size` is 2: .* `litropy decompress` the folder first"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "compressed", variant="litropy", config=config)
+
+
+def test_a_sharded_parameter_is_refused(one_rank):
+    model = torch.nn.Linear(2, 2)
+    model.get_parameter_or_buffer = model.get_parameter
+    model.weight = torch.nn.Parameter(distribute_tensor(model.weight.detach(), one_rank, [Shard(0)]))
+    decode = Decode(CompressedQuantizer(CompressedConfig()))
+    with pytest.raises(ValueError, match=r"weight is sharded: .* tensor-parallel plan"):
+        decode.convert({"weight": [torch.zeros(3, dtype=torch.uint8)]}, full_layer_name="weight", model=model)
 
 
 def test_damage_is_an_error(tmp_path):
@@ -133,4 +162,7 @@ def test_errors_say_what_to_do(tmp_path):
         decompress_folder(tmp_path, tmp_path / "x")
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "fp8"}}')
     with pytest.raises(ValueError, match="quantised or compressed already"):
+        compress_folder(tmp_path, tmp_path / "x")
+    (tmp_path / "config.json").write_text('{"transformers_weights": "other.safetensors"}')
+    with pytest.raises(ValueError, match=r"'other\.safetensors' in config\.json"):
         compress_folder(tmp_path, tmp_path / "x")
