@@ -86,6 +86,7 @@ BLOCKS: dict[str, Callable[[bool], str]] = {
     "linear_head": linear_head,
     "quickstart_step": _one_table("quickstart_step", tables.quickstart_step),
     "survival": _one_table("survival", tables.survival),
+    "attention_entropy": _one_table("attention_entropy", tables.attention_entropy),
     "monitor_cost": _one_table("monitor_cost", tables.monitor_cost),
     "compile_kernels": compile_kernels,
     "collapse": collapse,

@@ -104,6 +104,22 @@ def quickstart_step(record: Record) -> str:
     return f"{table(['training step', 'median ms', 'MiB'], rows)}\n\n{caption}"
 
 
+def attention_entropy(record: Record) -> str:
+    """Reading the entropy of attention against storing attention, every shape."""
+    parts = []
+    for case in record["cases"]:
+        rows = []
+        for result in case["results"]:
+            error = result["largest_error"]
+            row = [result["name"], number(result["median_ms"]), number(result["peak_extra_mib"])]
+            rows.append([*row, "" if error is None else f"{error:.1e}"])
+        heads = f"{case['heads']}" + (f" ({case['kv_heads']} of keys)" if case["kv_heads"] != case["heads"] else "")
+        caption = f"B = {case['batch']}, H = {heads}, T = {case['length']:,}, D = {case['width']}"
+        header = ["", "median ms", "MiB", "largest error, nats"]
+        parts.append(f"**{caption}, {SHORT_DTYPE[case['dtype']]}**\n\n{table(header, rows)}")
+    return "\n\n".join(parts) + "\n\n"
+
+
 def monitor_cost(record: Record) -> str:
     """What each monitor adds to a step."""
     header = ["", "probes", "probe, ms", "standard error", "between, ms", "amortised, ms", "of a step", "MiB"]

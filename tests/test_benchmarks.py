@@ -238,6 +238,17 @@ def test_every_contender_of_the_training_step_computes_the_same_loss(script):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
+def test_entropy_of_attention(script):
+    benchmark = script("attention_entropy")
+    case = benchmark.run_case(benchmark.Case(1, 2, 1, 96, 16, "float32"), "cpu", 2)
+    assert [result["name"].split(",")[0] for result in case["results"]] == ["litropy", "stored"] * 2
+    assert all(0 < result["min_ms"] <= result["median_ms"] for result in case["results"])
+    assert all(result["largest_error"] < 1e-5 for result in case["results"])
+    table = script("tables").attention_entropy({"cases": [case]})
+    assert "**B = 1, H = 2 (1 of keys), T = 96, D = 16, fp32**" in table
+    assert "| litropy, 64 rows |" in table
+
+
 def test_cost_of_monitors(script):
     monitor_cost = script("monitor_cost")
     record = monitor_cost.measure(monitor_cost.TINY, rows=2, length=16, rounds=2)
