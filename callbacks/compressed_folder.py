@@ -61,8 +61,8 @@ def compress_folder(
         raise ValueError(f"{source} is quantised or compressed already; give the folder of the plain weights.")
     if config.get("transformers_weights"):
         raise ValueError(
-            f"{source} names its weights' file {config['transformers_weights']!r} in config.json; only model.safetensors"
-            " and its shards are read: rename the file, and drop the key `transformers_weights`."
+            f"{source} names its weights' file {config['transformers_weights']!r} in config.json, but only"
+            " model.safetensors and its shards are read: rename the file, and drop the key `transformers_weights`."
         )
     with _new_folder(destination) as folder:
         report: dict[str, Any] = {"tensor_bytes": 0, "file_bytes": 0, "tensors": 0, "bit_exact": True, "digests": {}}

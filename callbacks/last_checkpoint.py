@@ -9,6 +9,10 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 
 from litropy.callbacks.logged_steps import total_steps
 
@@ -112,14 +116,18 @@ class LastCheckpoint(Checkpoint):
         if getattr(trainer, "fast_dev_run", False):
             return
         assert self.path is not None
-        # a sharded checkpoint is a folder that would be written in place
-        new = self.path.with_suffix(".new")
-        trainer.save_checkpoint(new)
-        if trainer.is_global_zero:
-            if self.path.is_dir():
-                shutil.rmtree(self.path)
-            new.replace(self.path)
-        trainer.strategy.barrier()
+        if _writes_later(trainer.strategy):
+            # there is nothing to rename yet; a file, unlike a folder, takes its name when it is complete
+            trainer.save_checkpoint(self.path)
+        else:
+            # a sharded checkpoint is a folder that would be written in place
+            new = self.path.with_suffix(".new")
+            trainer.save_checkpoint(new)
+            if trainer.is_global_zero:
+                if self.path.is_dir():
+                    shutil.rmtree(self.path)
+                new.replace(self.path)
+            trainer.strategy.barrier()
         self._saved_step = trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -134,3 +142,15 @@ class LastCheckpoint(Checkpoint):
         if self._previous_handler is not None:
             signal.signal(signal.SIGINT, self._previous_handler)
             self._previous_handler = None
+
+
+def _writes_later(strategy: Strategy) -> bool:
+    """Whether saving returns before the file is written."""
+    if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+        return False  # their folders are written at once, whatever the plugin is
+    plugin: CheckpointIO | None = strategy.checkpoint_io
+    while isinstance(plugin, _WrappingCheckpointIO):
+        if isinstance(plugin, AsyncCheckpointIO):
+            return True
+        plugin = plugin.checkpoint_io
+    return False

@@ -1,10 +1,13 @@
 """The callbacks with a plain Trainer, without the command line."""
 
 import re
+import time
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch.utils.data import DataLoader
 
 from litropy.callbacks import (
@@ -66,6 +69,21 @@ def fit(tmp_path, callbacks, **options):
     )
     trainer.fit(Tiny(), DataLoader(Rows(), batch_size=2), DataLoader(Rows(), batch_size=5))
     return trainer, tmp_path / "plain" / "version_0"
+
+
+class Slow(TorchCheckpointIO):
+    """Takes its time, as a thread that compresses does."""
+
+    def save_checkpoint(self, *args, **kwargs):
+        time.sleep(0.05)
+        super().save_checkpoint(*args, **kwargs)
+
+
+def test_the_last_checkpoint_may_be_written_by_another_thread(tmp_path):
+    options = {"max_steps": 4, "val_check_interval": 2, "plugins": [AsyncCheckpointIO(Slow())]}
+    _, run = fit(tmp_path, [LastCheckpoint(every_n_train_steps=1)], **options)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert torch.load(run / "checkpoints" / "last.ckpt")["global_step"] == 4
 
 
 def test_everything_works_with_a_plain_trainer(tmp_path, capsys):
