@@ -19,12 +19,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from litropy.callbacks.policy_readings import PolicyReadings
 from litropy.recipes.gradients import Gradients
 from litropy.recipes.language_model import LanguageModel
 from litropy.recipes.optimizers import Schedule, adamw, decay_groups, learning_rate_factor
@@ -32,6 +32,7 @@ from litropy.recipes.rlvr_evaluation import PassEvaluation
 from litropy.recipes.rlvr_judging import InvalidReward
 from litropy.recipes.rlvr_policy import wanted_by
 from litropy.recipes.rlvr_ranks import gather_batch, rank_and_ranks, sum_gradients
+from litropy.recipes.rlvr_readings import PolicyRecord
 from litropy.recipes.rlvr_reference import Reference, ReferenceKind, add_lora
 from litropy.recipes.rlvr_rollouts import Judged, mini_batches, respond, rollout_metrics, to_batch, warn_if_off_policy
 from litropy.recipes.rlvr_samples import Reward, Sample
@@ -203,18 +204,15 @@ class RLVR(LanguageModel):
             self._hparams.pop(name, None)
         self.automatic_optimization = False
         self.lora, self.reference_kind, self.reward = lora, reference, reward
-        self.max_grad_norm = max_grad_norm
         self.warm_start_steps, self.warm_start_learning_rate = warm_start_steps, warm_start_learning_rate
-        self.group_size, self.max_new_tokens = group_size, max_new_tokens
+        self.group_size, self.max_new_tokens, self.max_grad_norm = group_size, max_new_tokens, max_grad_norm
         self.mini_batch_size, self.micro_batch_size, self.epochs = mini_batch_size, micro_batch_size, epochs
         self.val_samples, self.invalid_reward, self.seed = val_samples, invalid_reward, seed
-        self.evaluations = nn.ModuleDict(
-            {stage: PassEvaluation(val_samples, val_k or val_samples) for stage in ("val", "test")}
-        )
+        passes = {stage: PassEvaluation(val_samples, val_k or val_samples) for stage in ("val", "test")}
+        self.evaluations = nn.ModuleDict(passes)
         self.reference: Reference | None = None
-        self._rounds = 0  # batches of responses so far
-        self._tokens = 0
-        self._warned = False
+        self._record = PolicyRecord()
+        self._rounds, self._tokens, self._warned = 0, 0, False  # rounds are batches of responses
 
     def _components(self) -> dict[str, Component]:
         return named_components(*self.methods.named(), ("sampler", self.sampler))
@@ -247,8 +245,7 @@ class RLVR(LanguageModel):
         factor = learning_rate_factor(
             self.schedule, total, self.warmup_steps, self.min_learning_rate_ratio, self.decay_share
         )
-        warm = (self.warm_start_learning_rate or self.learning_rate) / self.learning_rate
-        start = self.warm_start_steps
+        warm, start = (self.warm_start_learning_rate or self.learning_rate) / self.learning_rate, self.warm_start_steps
         schedule = LambdaLR(optimizer, lambda step: warm if step < start else factor(step - start))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -287,7 +284,6 @@ class RLVR(LanguageModel):
         if rollouts is None:
             return
         advantage = self.methods.advantages(rollouts)
-        logged: list[dict[str, Tensor]] = []
         for epoch in range(self.epochs):
             for place, rows in enumerate(mini_batches(rollouts, self.mini_batch_size)):
                 if 0 <= self.trainer.max_steps <= self.trainer.global_step:
@@ -306,9 +302,8 @@ class RLVR(LanguageModel):
                 self._step()
                 for component in self._components().values():
                     component.after_step(seen)
-                logged.append({"loss": found.loss} | found.terms)
-        for name in logged[0] if logged else ():
-            value = torch.stack([terms[name] for terms in logged]).mean()
+                self._record.add(found, seen)
+        for name, value in self._record.means().items():
             self.log(f"train/{name}", value, prog_bar=name == "loss")
 
     def _collect(self, samples: list[Sample]) -> RolloutBatch | None:
@@ -322,10 +317,11 @@ class RLVR(LanguageModel):
         rollouts = to_batch(judged, place * _ROW_ROOM * self.group_size)
         self._rounds += 1
         self._tokens = rollouts.prompts.numel() + rollouts.responses.numel()
-        wanted = replace(self.wanted, names=tuple(dict.fromkeys((*self.wanted.names, "varentropy"))))
+        wanted = replace(self.wanted, names=tuple(dict.fromkeys((*self.wanted.names, "varentropy", "entropy_drift"))))
         stats = batch_stats(self._built, rollouts, wanted, self.micro_batch_size)
         reference = self.reference.logprobs(self._built, rollouts, self.micro_batch_size)
         rollouts = gather_batch(replace(rollouts, stats=stats, reference=reference))
+        self._record.begin(self.trainer.global_step, samples, judged, rollouts)
         metrics = rollout_metrics(rollouts)
         self.log_dict(metrics)
         if not (self._warned or self.sampler.truncates):
@@ -333,6 +329,10 @@ class RLVR(LanguageModel):
         for shaping in self.methods.shaping:
             rollouts = replace(rollouts, reward=shaping.shape(rollouts))
         return rollouts if self.methods.data is None else self.methods.data.select(rollouts)
+
+    def policy_readings(self) -> PolicyReadings | None:
+        """The latest batch of responses and its updates, for callbacks that watch the policy; None before the first."""
+        return self._record.readings
 
     def _respond(self, samples: list[Sample], sampler: Sampler, group_size: int, seed: int) -> Judged:
         self._built.eval()

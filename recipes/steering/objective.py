@@ -90,6 +90,7 @@ class Objective:
         kept: the tokens that the policy loss is taken over, bool [R, T].
         weight: of each token's policy loss [R, T].
         advantage: after shaping [R, T].
+        clipped: which tokens have no gradient because of the clip, bool [R, T]; None if it never clips.
     """
 
     loss: Tensor
@@ -97,6 +98,7 @@ class Objective:
     kept: Tensor
     weight: Tensor
     advantage: Tensor
+    clipped: Tensor | None = None
 
 
 def objective(methods: Methods, batch: UpdateBatch) -> Objective:
@@ -145,4 +147,6 @@ def objective(methods: Methods, batch: UpdateBatch) -> Objective:
     terms |= {"kept_share": batch.token_mean(kept.float())}
     if plain.clipped is not None:
         terms["clipped_share"] = batch.token_mean(plain.clipped.float())
-    return Objective(loss, {name: term.detach() for name, term in terms.items()}, kept, weight, plain.advantage)
+    return Objective(
+        loss, {name: term.detach() for name, term in terms.items()}, kept, weight, plain.advantage, plain.clipped
+    )

@@ -3,23 +3,11 @@
 import torch
 from torch import Tensor
 
+from litropy.callbacks.policy_statistics import thinking_end
 from litropy.recipes.steering.batch import RolloutBatch, row_mean, stat
 from litropy.recipes.steering.slots import RewardShaping
 
-__all__ = ["PEAR", "thinking_end"]
-
-
-def thinking_end(batch: RolloutBatch, marker: list[int]) -> Tensor:
-    """Place of the first token of ``marker`` in each response, int64 [R]; the response's length without it."""
-    width = batch.responses.shape[1]
-    found = torch.zeros_like(batch.mask)
-    span = width - len(marker) + 1
-    if span > 0:
-        windows = batch.responses.unfold(1, len(marker), 1)
-        whole = batch.mask[:, len(marker) - 1 :]
-        found[:, :span] = (windows == torch.tensor(marker, device=windows.device)).all(-1) & whole
-    first = found.long().cumsum(-1).eq(0).sum(-1)
-    return torch.minimum(first, batch.lengths)
+__all__ = ["PEAR"]
 
 
 class PEAR(RewardShaping):
@@ -50,7 +38,7 @@ class PEAR(RewardShaping):
 
     def shape(self, batch: RolloutBatch) -> Tensor:
         """The reward of each response."""
-        end = thinking_end(batch, self.marker)[:, None]
+        end = thinking_end(batch.responses, batch.mask, self.marker)[:, None]
         place = torch.arange(batch.mask.shape[1], device=end.device)
         entropy = stat(batch.stats, "entropy")
         think = row_mean(entropy, batch.mask & (place < end))
