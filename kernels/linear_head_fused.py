@@ -195,13 +195,12 @@ def _torch_block_gradient(
     whole = (slice(0, tile.shape[0]), tile, tile, tile, tile)
     for part, z, u, e, slope in [whole] if in_place else cached_parts(tile, work):
         final_logits_(z, head.of_rows(part), slope)
-        if is_plain:
-            dz, found = z, _softmax_(z, target[part])
-        else:
+        if not is_plain:
             sums = Sums.start((z.shape[0],), z, head.stats_dtype, True, want)
             add_tile(sums, slice(None), z, u, e, 0, head, target[part])
-            found = finish_sums(sums, target[part], 1.0 if head.mean_total is None else head.mean_total, want)
-            dz = e.div_(sums.s[:, None])
+            stats.put(part, finish_sums(sums, target[part], 1.0 if head.mean_total is None else head.mean_total, want))
+        # last, so that loss and gradient have the same bits whatever else is asked for
+        dz, found = z, _softmax_(z, target[part])
         stats.put(part, found)
         weight, nll_weight, label_smoothing, z_loss = loss.of_rows(part)
         cotangents = loss_cotangents(weight, nll_weight, found.lse, label_smoothing, z_loss)
