@@ -39,6 +39,7 @@ def pytest_xdist_auto_num_workers(config):
 
 @pytest.fixture(autouse=True)
 def _seed():
+    os.environ.pop("PL_GLOBAL_SEED", None)  # what seed_everything leaves to later tests
     torch.manual_seed(0)
 
 

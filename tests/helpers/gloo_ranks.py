@@ -37,6 +37,7 @@ def run(rank, ranks, port, command):
     world |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
     world |= {"TORCHELASTIC_RUN_ID": "tests", "TORCHELASTIC_RESTART_COUNT": 0, "OMP_NUM_THREADS": 1}
     os.environ.update({name: str(value) for name, value in world.items()})
+    os.environ.pop("PL_GLOBAL_SEED", None)  # of a test that came before the process that this is forked from
     torch.set_num_threads(1)
     sys.argv, sys.path[:0] = command, [os.path.dirname(command[0])]
     runpy.run_path(command[0], run_name="__main__")
