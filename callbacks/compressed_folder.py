@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,7 +51,7 @@ def compress_folder(
 
     Returns:
         The report, which is also in the folder as ``litropy_report.json``: bytes before and after, ratio, number of
-        tensors, all of which came back exactly, and a digest of each file.
+        tensors, all of which came back exactly, seconds, and a digest of each file.
 
     Raises:
         ValueError: if ``source`` is no such folder or is compressed already, or ``destination`` exists.
@@ -64,6 +65,7 @@ def compress_folder(
             f"{source} names its weights' file {config['transformers_weights']!r} in config.json, but only"
             " model.safetensors and its shards are read: rename the file, and drop the key `transformers_weights`."
         )
+    start = time.perf_counter()
     with _new_folder(destination) as folder:
         report: dict[str, Any] = {"tensor_bytes": 0, "file_bytes": 0, "tensors": 0, "bit_exact": True, "digests": {}}
         for name in _shards(source, ""):
@@ -81,6 +83,7 @@ def compress_folder(
         _copy_rest(source, folder)
         config |= {"quantization_config": {"quant_method": METHOD, "version": 1}, **_GUARD}
         _write_json(folder / "config.json", config)
+        report["seconds"] = round(time.perf_counter() - start, 3)
         _write_json(folder / _REPORT, report)
     return report
 

@@ -1,6 +1,7 @@
 """``litropy export | verify | decompress``: compressed folders and files on the command line."""
 
 import argparse
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 __all__ = ["CHECKPOINT_COMMANDS", "run_checkpoint_command"]
 
 CHECKPOINT_COMMANDS = {
-    "export": "compress a Hugging Face folder, bit for bit",
+    "export": "compress a Hugging Face folder, or the model of a training checkpoint, bit for bit",
     "verify": "check every byte of a compressed file or folder",
     "decompress": "write a compressed folder as the plain one that it was",
 }
@@ -32,9 +33,10 @@ def run_checkpoint_command(command: str, arguments: Sequence[str]) -> None:
 
     with _progress(command) as progress:
         if command == "export":
-            report = compress_folder(
-                options.source, options.destination, codec=options.codec, threads=options.threads, progress=progress
-            )
+            with _plain_folder(options) as source:
+                report = compress_folder(
+                    source, options.destination, codec=options.codec, threads=options.threads, progress=progress
+                )
         elif command == "decompress":
             decompress_folder(options.source, options.destination, threads=options.threads, progress=progress)
         else:
@@ -47,13 +49,38 @@ def run_checkpoint_command(command: str, arguments: Sequence[str]) -> None:
 
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"litropy {command}", description=CHECKPOINT_COMMANDS[command])
-    parser.add_argument("source", type=Path, help="folder" + (" or file" if command == "verify" else ""))
+    file = {"verify": " or file", "export": ", or checkpoint (.ckpt) of `litropy fit`"}.get(command, "")
+    parser.add_argument("source", type=Path, help=f"folder{file}")
     if command != "verify":
         parser.add_argument("destination", type=Path, help="folder to write; it must not exist")
     if command == "export":
+        tokenizer = "folder or name of a checkpoint's tokenizer (default: that of its run, if training has ended)"
+        parser.add_argument("--tokenizer", help=tokenizer)
         parser.add_argument("--codec", choices=("auto", "zstd", "rans", "raw"), default="auto", help="default: auto")
     parser.add_argument("--threads", type=int, default=1, help="chunks to code at the same time (default: 1)")
     return parser
+
+
+@contextmanager
+def _plain_folder(options: argparse.Namespace) -> Iterator[Path]:
+    """The folder to compress: the source itself, or what its checkpoint becomes."""
+    if not options.source.is_file():
+        if options.tokenizer is not None:
+            raise ValueError(f"--tokenizer is for checkpoints; {options.source} is a folder, and has its own.")
+        yield options.source
+        return
+    if options.destination.exists():
+        raise ValueError(f"{options.destination} exists and is not overwritten. Give another name, or delete it.")
+    from transformers.utils.logging import disable_progress_bar
+
+    from litropy.recipes.exported_checkpoint import export_checkpoint
+
+    disable_progress_bar()
+    folder = options.destination.absolute().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{options.destination.name}.", dir=folder) as scratch:
+        export_checkpoint(options.source, Path(scratch, "plain"), options.tokenizer)
+        yield Path(scratch, "plain")
 
 
 def _summary(report: dict[str, Any]) -> str:

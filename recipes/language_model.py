@@ -33,6 +33,7 @@ from litropy.recipes.model_source import (
 from litropy.recipes.optimizers import Schedule, adamw, decay_groups, learning_rate_factor
 from litropy.recipes.packing_check import isolates_documents
 from litropy.recipes.parity import check_parity as check_parity_of
+from litropy.recipes.plain_weights import plain_weights
 from litropy.recipes.prompts import decode_completions
 from litropy.recipes.reparametrisation import reparametrise
 from litropy.recipes.sharding import decoder_layers, full_state_dict, is_sharded, shard
@@ -361,19 +362,18 @@ class LanguageModel(LightningModule):
     # checkpoints
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write weights, config and tokenizer as a Hugging Face folder; every rank must call this.
+        """Write weights, config and tokenizer as a Hugging Face folder, adapters merged; every rank must call this.
 
         Args:
             folder: where to write, in place of an earlier Hugging Face folder; anything else is left alone.
 
         Raises:
-            ValueError: if the folder exists and is no Hugging Face folder.
+            ValueError: if the folder exists and is no Hugging Face folder, or adapters cannot be merged.
         """
-        state = folded_state_dict(full_state_dict(self._built))
-        weights = {name.removeprefix("causal_lm."): value for name, value in state.items()}
+        state = {name.removeprefix("causal_lm."): value for name, value in full_state_dict(self._built).items()}
         try:
             if self._trainer is None or self._trainer.is_global_zero:
-                write_folder(self.causal_lm, self.tokenizer, Path(folder), weights)
+                write_folder(self.causal_lm, self.tokenizer, Path(folder), plain_weights(self.causal_lm, state))
         finally:
             # the other ranks wait here, also when writing failed
             if self._trainer is not None:

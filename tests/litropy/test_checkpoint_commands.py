@@ -66,6 +66,18 @@ def test_export_verify_and_decompress(litropy, run, tmp_path):
     assert "but only" in result.err
 
 
+def test_a_checkpoint_is_exported_with_the_tokenizer_of_its_run(litropy, run, tmp_path):
+    result = litropy("export", run / "checkpoints" / "last.ckpt", tmp_path / "small")
+    assert result.code == 0, result.err
+    assert {"config.json", "tokenizer.json", "litropy_report.json"} <= {p.name for p in (tmp_path / "small").iterdir()}
+    weights = safetensors.torch.load_file(run / "hugging_face" / "model.safetensors")
+    same(load_file(tmp_path / "small" / "model.litropy.safetensors"), weights)
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+    result = litropy("export", run / "hugging_face", tmp_path / "x", "--tokenizer", "y")
+    assert result.code == 1
+    assert "--tokenizer is for checkpoints" in result.err
+
+
 def test_mistakes_are_short(litropy, run, tmp_path):
     result = litropy("export", tmp_path, tmp_path / "x")
     assert result.code == 1

@@ -32,6 +32,7 @@ def test_the_promised_configs_are_there():
         "quickstart/pretrain_cpu.yaml",
         "quickstart/sft_cpu.yaml",
         "quickstart/collapse_cpu.yaml",
+        "quickstart/export_cpu.yaml",
         "recipes/pretrain_qwen3_0p6b.yaml",
         "recipes/pretrain_qwen3_0p6b_fsdp2.yaml",
         "debug/overfit.yaml",
