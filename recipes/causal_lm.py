@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Unpack
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -104,6 +105,7 @@ class CausalLM(nn.Module):
         *,
         router_loss: bool = True,
         return_stats: Sequence[str] = (),
+        choose: Callable[[HeadStats, Tensor], Tensor] | None = None,
         **options: Unpack[LossOptions],
     ) -> CausalLMOutput:
         """Compute the loss of a batch.
@@ -113,6 +115,8 @@ class CausalLM(nn.Module):
                 else the backbone takes: ``attention_mask``, ``position_ids``.
             router_loss: whether to add a mixture of experts' load-balancing loss if the model's config asks for it.
             return_stats: names of the ``HeadStats`` fields to return from the same pass, detached.
+            choose: says which targets count, bool [B, T], from log-probability, entropy and argmax of each position and
+                the targets; None takes all. The head is passed once more for it, the backbone is not.
             **options: of ``linear_cross_entropy``; ``num_items`` is what to divide the sum over targets by, by default
                 their number.
         """
@@ -122,8 +126,14 @@ class CausalLM(nn.Module):
             inputs["output_router_logits"] = True  # type: ignore[assignment]
         outputs = self.backbone(**inputs, use_cache=False, return_dict=True)
         targets = next_token_targets(batch["labels"])
-        num_targets = (targets != -100).sum()
         hidden = outputs.last_hidden_state
+        if choose is not None:
+            with torch.no_grad():
+                names = ("logprob", "entropy", "argmax")
+                _, seen = head_loss(self.head, self.head_info, hidden, targets, names)
+                assert seen is not None
+                targets = torch.where(choose(seen, targets), targets, -100)
+        num_targets = (targets != -100).sum()
         loss, stats = head_loss(self.head, self.head_info, hidden, targets, return_stats, **options)
         if with_router and self.router_loss is not None:
             # the share of these targets, so that micro-batches and ranks add up to the token-weighted mean

@@ -11,7 +11,7 @@ from litropy.losses import HeadStats
 from litropy.recipes.steering.batch import RolloutBatch
 from litropy.recipes.steering.concatenation import concatenate, trim
 
-__all__ = ["gather_batch", "gather_stats", "rank_and_ranks", "sum_gradients"]
+__all__ = ["gather", "gather_batch", "gather_stats", "rank_and_ranks", "sum_gradients"]
 
 
 def rank_and_ranks() -> tuple[int, int]:
@@ -21,9 +21,11 @@ def rank_and_ranks() -> tuple[int, int]:
     return 0, 1
 
 
-def _gather(value: Tensor) -> list[Tensor]:
+def gather(value: Tensor) -> list[Tensor]:
     """A tensor of every rank; their shapes may differ, their numbers of dimensions not."""
     _, ranks = rank_and_ranks()
+    if ranks == 1:
+        return [value]
     shape = torch.tensor(value.shape, device=value.device)
     shapes = [torch.empty_like(shape) for _ in range(ranks)]
     dist.all_gather(shapes, shape)
@@ -46,8 +48,8 @@ def gather_batch(batch: RolloutBatch) -> RolloutBatch:
     _, ranks = rank_and_ranks()
     if ranks > 1:
         values = batch.to_dict()
-        stats = {name: _gather(value) for name, value in values.pop("stats").items()}
-        columns = {name: [None] * ranks if value is None else _gather(value) for name, value in values.items()}
+        stats = {name: gather(value) for name, value in values.pop("stats").items()}
+        columns = {name: [None] * ranks if value is None else gather(value) for name, value in values.items()}
         parts = [
             RolloutBatch.from_dict(
                 {name: column[rank] for name, column in columns.items()}
@@ -68,7 +70,7 @@ def gather_stats(stats: HeadStats, num_rows: int) -> HeadStats:
     whole = {}
     for name, value in found.items():
         whole[name] = value.new_empty(num_rows, *value.shape[1:])
-        for rank, part in enumerate(_gather(value)):
+        for rank, part in enumerate(gather(value)):
             whole[name][rank::ranks] = part
     return HeadStats(**whole)
 
