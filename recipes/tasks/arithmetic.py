@@ -18,6 +18,8 @@ class Arithmetic(GeneratedTask):
     Args:
         digits: digits of the larger operand at most, from 1 to 9.
         operations: which operations to draw from.
+        padded: write operands and values with leading zeros, as wide as the widest: ``05+34=``, answer ``039``. A digit
+            then always stands in the same place, which a small model learns much faster.
 
     Raises:
         ValueError: if there are no operations, or ``digits`` is out of its range.
@@ -31,7 +33,9 @@ class Arithmetic(GeneratedTask):
         True
     """
 
-    def __init__(self, digits: int = 2, operations: list[Literal["+", "-", "*"]] | None = None) -> None:
+    def __init__(
+        self, digits: int = 2, operations: list[Literal["+", "-", "*"]] | None = None, padded: bool = False
+    ) -> None:
         if not 1 <= digits <= 9:
             raise ValueError(f"`digits` is {digits}; it must be from 1 to 9.")
         self.digits = digits
@@ -39,34 +43,57 @@ class Arithmetic(GeneratedTask):
         unknown = [name for name in self.operations if name not in _OPERATIONS]
         if unknown or not self.operations:
             raise ValueError(f"`operations` is {self.operations}; give one or several of {list(_OPERATIONS)}.")
+        self.padded = padded
 
     def generate(self, random: Random) -> Spec:
         """Draw both operands from 0 to 10^digits - 1."""
         left, right = random.randrange(10**self.digits), random.randrange(10**self.digits)
-        return {"left": left, "operation": random.choice(self.operations), "right": right}
+        spec: Spec = {"left": left, "operation": random.choice(self.operations), "right": right}
+        return spec | {"digits": self.digits} if self.padded else spec
 
     @staticmethod
     def prompt(spec: Spec) -> str:
         """The expression and an equals sign."""
-        return f"{spec['left']}{spec['operation']}{spec['right']}="
+        left, right = (str(spec[side]).zfill(spec.get("digits", 0)) for side in ("left", "right"))
+        return f"{left}{spec['operation']}{right}="
 
     @staticmethod
     def rules(spec: Spec) -> str:
-        """To work it out."""
-        return "Work out the value of the expression. The answer is an integer."
+        """To work it out, and how wide the answer is."""
+        rule = "Work out the value of the expression. The answer is an integer."
+        return f"{rule[:-1]} of {_width(spec)} characters, with leading zeros." if _width(spec) else rule
 
     @staticmethod
     def solve(spec: Spec, random: Random) -> str:
         """The value."""
-        return str(_OPERATIONS[spec["operation"]](spec["left"], spec["right"]))
+        return _value(spec)
 
     @staticmethod
     def check(spec: Spec, answer: str) -> Verdict:
-        """Compare with the value, written without leading zeros."""
-        value = str(_OPERATIONS[spec["operation"]](spec["left"], spec["right"]))
-        if not re.fullmatch("0|-?[1-9][0-9]{0,19}", answer):
+        """Compare with the value, written without leading zeros, or as wide as it is padded to.
+
+        A padded answer's progress is the share of its characters that are right.
+        """
+        value = _value(spec)
+        form = "-?[0-9]{1,20}" if "digits" in spec else "0|-?[1-9][0-9]{0,19}"
+        if not re.fullmatch(form, answer):
             return Verdict.wrong("no integer")
-        return Verdict.right(value) if answer == value else Verdict.wrong("another number", answer)
+        if answer == value:
+            return Verdict.right(value)
+        right = sum(map(operator.eq, answer, value)) if "digits" in spec and len(answer) == len(value) else 0
+        return Verdict.wrong("another number", answer, right / len(value))
+
+
+def _width(spec: Spec) -> int:
+    """Characters of a padded answer, 0 for others."""
+    if "digits" not in spec:
+        return 0
+    return 2 * spec["digits"] if spec["operation"] == "*" else spec["digits"] + 1
+
+
+def _value(spec: Spec) -> str:
+    """The value as it is to be written."""
+    return str(_OPERATIONS[spec["operation"]](spec["left"], spec["right"])).zfill(_width(spec))
 
 
 class SumToTarget(GeneratedTask):

@@ -44,7 +44,7 @@ class Correctness(Reward):
         quality: how much of the reward depends on quality, from 0 to 1: in puzzles the least number of moves over the
             number taken, in the KoLMogorov Test the share of bits saved.
         progress: reward for a wrong answer's progress, at least 0 and below 1: share of legal moves before the first
-            illegal one, or of the sequence that is right.
+            illegal one, or of the sequence or of a padded number's digits that is right.
         processes: how many processes compare mathematical answers.
         seconds: most processor time [s] to compare one; what takes longer is wrong.
         memory_mib: most memory [MiB] to compare one.

@@ -28,6 +28,7 @@ from litropy.recipes.tasks.task import task_class
 TASKS = {
     "sums": Arithmetic(2),
     "arithmetic": Arithmetic(3, ["+", "-", "*"]),
+    "arithmetic, padded": Arithmetic(3, ["+", "-", "*"], padded=True),
     "sum to target": SumToTarget(),
     "sum of four": SumToTarget(4, 30),
     "countdown": Countdown(),
@@ -221,6 +222,26 @@ JUDGES = {
     RiverCrossing: judge_river,
     KolmogorovTest: judge_program,
 }
+
+
+@pytest.mark.parametrize(
+    ("left", "operation", "right", "prompt", "value"),
+    [
+        (5, "+", 34, "05+34=", "039"),
+        (5, "-", 34, "05-34=", "-29"),
+        (5, "-", 9, "05-09=", "-04"),
+        (7, "*", 8, "07*08=", "0056"),
+    ],
+)
+def test_padded_arithmetic_is_as_wide_as_can_be(left, operation, right, prompt, value):
+    spec = {"left": left, "operation": operation, "right": right, "digits": 2}
+    assert Arithmetic.prompt(spec) == prompt
+    assert Arithmetic.solve(spec, Random(0)) == value
+    assert Arithmetic.check(spec, value).correct
+    assert Arithmetic.check(spec, f"0{value}") == Verdict.wrong("another number", f"0{value}")
+    other = value[:-1] + str((int(value[-1]) + 1) % 10)
+    assert Arithmetic.check(spec, other) == Verdict.wrong("another number", other, (len(value) - 1) / len(value))
+    assert Arithmetic.rules(spec).endswith(f"of {len(value)} characters, with leading zeros.")
 
 
 def test_second_judges_find_the_solutions_right(task):
