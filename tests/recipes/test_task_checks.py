@@ -238,7 +238,8 @@ def test_padded_arithmetic_is_as_wide_as_can_be(left, operation, right, prompt, 
     assert Arithmetic.prompt(spec) == prompt
     assert Arithmetic.solve(spec, Random(0)) == value
     assert Arithmetic.check(spec, value).correct
-    assert Arithmetic.check(spec, f"0{value}") == Verdict.wrong("another number", f"0{value}")
+    wider = f"-0{value[1:]}" if value.startswith("-") else f"0{value}"
+    assert Arithmetic.check(spec, wider) == Verdict.wrong("another number", wider)
     other = value[:-1] + str((int(value[-1]) + 1) % 10)
     assert Arithmetic.check(spec, other) == Verdict.wrong("another number", other, (len(value) - 1) / len(value))
     assert Arithmetic.rules(spec).endswith(f"of {len(value)} characters, with leading zeros.")
