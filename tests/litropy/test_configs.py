@@ -9,8 +9,9 @@ from litropy.config_files import packaged_configs
 from litropy.help_pages import documented_arguments
 
 ALL = packaged_configs()
-# fragments for a second --config have tests of their own: test_monitor_configs.py and so on
-CONFIGS = {name: path for name, path in ALL.items() if not name.startswith(("monitor/", "checkpoint/", "steering/"))}
+# others have tests of their own: test_monitor_configs.py and so on
+OTHERS = ("monitor/", "checkpoint/", "steering/", "papers/")
+CONFIGS = {name: path for name, path in ALL.items() if not name.startswith(OTHERS)}
 FIELDS = {
     "Hardware": r"(second|minute)",
     "Expect": r"(loss|entropy)",
