@@ -22,7 +22,8 @@ def _cpu_model() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The installed version of a package."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -64,7 +65,7 @@ def describe(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {package: version for package in PACKAGES if (version := _version(package))},
+        "versions": {package: version for package in PACKAGES if (version := version_of(package))},
         "cuda": torch.version.cuda if device == "cuda" else None,
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import checkpoint_tables
 import collapse_tables
 import tables
 from tables import ROOT, SHORT_DTYPE, Record, headline, number, provenance, shape
@@ -88,6 +89,7 @@ BLOCKS: dict[str, Callable[[bool], str]] = {
     "survival": _one_table("survival", tables.survival),
     "attention_entropy": _one_table("attention_entropy", tables.attention_entropy),
     "monitor_cost": _one_table("monitor_cost", tables.monitor_cost),
+    "checkpoint": _one_table("checkpoint", checkpoint_tables.checkpoint),
     "compile_kernels": compile_kernels,
     "collapse": collapse,
 }

@@ -1,0 +1,81 @@
+"""benchmarks/checkpoint.py measures what it says, and names who did not run."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return importlib.import_module
+
+
+@pytest.fixture
+def source(script, tmp_path):
+    return next(iter(script("checkpoint_sources").gaussian(tmp_path, 1 << 12)))
+
+
+def test_the_quick_form_measures_and_names_who_is_absent(script, tmp_path, monkeypatch):
+    output = tmp_path / "checkpoint.json"
+    contenders = ["litropy, zstd", "litropy, file", "zipnn", "safetensors"]
+    monkeypatch.setitem(sys.modules, "zipnn", None)
+    monkeypatch.setattr(
+        sys, "argv", ["x", "--quick", "--threads", "1", "--output", str(output), "--contenders", *contenders]
+    )
+    script("checkpoint").main()
+    record = json.loads(output.read_text())
+    assert [(case["dtype"], case["apart"], len(case["results"])) for case in record["cases"]] == [
+        ("bfloat16", 0, 3), ("bfloat16", 1, 1), ("float32", 0, 3), ("float32", 1, 1),
+    ]  # fmt: skip
+    for case in record["cases"]:
+        assert [row["name"] for row in case["not_run"]] == ["zipnn"]
+        assert "import of zipnn halted" in case["not_run"][0]["reason"]
+        for row in case["results"]:
+            assert row["encode_gb_per_s"] > 0
+            assert row["decode_gb_per_s"] > 0
+            assert row["decode_extra_mib"] >= 0
+    ratios = {row["name"]: row["ratio"] for row in record["cases"][0]["results"]}
+    assert record["cases"][0]["entropy"] == pytest.approx(0.658, abs=0.005)
+    assert ratios["litropy, zstd"] == pytest.approx(record["cases"][0]["entropy"], abs=0.02)
+    assert ratios["safetensors"] == pytest.approx(1, abs=0.01)
+    assert record["cases"][1]["entropy"] < 0.5 * record["cases"][0]["entropy"]
+    table = script("checkpoint_tables").checkpoint(record)
+    assert "**Gaussian, bf16, 0.1 MB; entropy of the words 65." in table
+    assert "| litropy, zstd | 1 | 6" in table
+    assert "- zipnn (all): `ModuleNotFoundError: import of zipnn halted" in table
+
+
+def test_what_decodes_to_something_else_has_no_result(script, source):
+    codecs, checkpoint = script("checkpoint_codecs"), script("checkpoint")
+
+    def lossy(threads):
+        def encode(tensors, base):
+            return {name: x.float().mul(1.5) for name, x in tensors.items()}
+
+        def decode(blob, base):
+            return {name: x.bfloat16() for name, x in blob.items()}
+
+        return codecs.Coder(encode, decode, lambda blob: 1)
+
+    found = checkpoint.here(codecs.Contender("lossy", lossy), source, 1, 1, 1)
+    assert found == {"reason": "ValueError: decodes to something else: weight, and 0 others"}
+
+
+def test_a_trial_is_given_up_in_time(script, source):
+    found = script("checkpoint").isolated(script("checkpoint_codecs").named("safetensors"), source, 1, 1, 0.01)
+    assert found == {"reason": "took more than 0.01 s"}
+
+
+def test_entropy_of_differences_counts_what_changed(script):
+    old = torch.arange(4096, dtype=torch.int32)
+    entropy = script("checkpoint").plane_entropy
+    assert entropy({"x": old}, {"x": old}) == 0
+    # one bit for each of the lowest bytes
+    assert entropy({"x": old + torch.arange(4096, dtype=torch.int32) % 2}, {"x": old}) == pytest.approx(1 / 32)
