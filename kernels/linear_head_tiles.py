@@ -28,7 +28,10 @@ __all__ = [
 _CACHED = 1 << 18
 # share of the budget that goes to the tile of logits; the rest is for scratch, sums and the matrix library
 _LOGITS_SHARE = 0.7
-# narrower tiles would add up a gradient in too many small steps
+# the same where a tile is some columns of many rows in half precision: its sums and scratch are float32, and matrix
+# libraries rearrange what they multiply
+_HALF_TILE_SHARE = 0.4
+# narrower tiles would add up a gradient in too many small steps; matrix libraries like multiples of it
 _MIN_COLUMNS = 64
 # columns of one matrix product: measured to be up to a fifth faster on a CPU than all at once
 _PRODUCT_COLUMNS = 8192
@@ -99,13 +102,17 @@ def tile_shape(rows: Rows, head: Head, budget: int, multiple: int = 1, gathers: 
     V, D = head.weight.shape
     if not V:  # an empty shard
         return max(1, min(len(rows), _MAX_ROWS)), 1
-    n = min(len(rows), _MAX_ROWS, logit_elements(head.weight.dtype, budget) // max(1, min(multiple, V)))
+    share = _LOGITS_SHARE if head.weight.dtype == head.stats_dtype else _HALF_TILE_SHARE
+    elements = max(1, int(budget * share) // head.weight.element_size())
+    n = min(len(rows), _MAX_ROWS, elements // max(1, min(multiple, V)))
     if rows.valid is not None or gathers:  # gathered hidden states take room as well
         n = min(n, max(64, budget // (8 * D * head.weight.element_size())))
-    v = min(V, scratch_elements(budget), logit_elements(head.weight.dtype, budget) // max(1, n))
+    v = min(V, scratch_elements(budget), elements // max(1, n))
     if n < len(rows):  # and so do the sums of the weight's gradient over several blocks
         v = min(v, max(_MIN_COLUMNS, budget // (8 * D * 4)))
     v = max(v, min(V, _MIN_COLUMNS))
+    if multiple == 1 and v < V:
+        multiple = min(v, _MIN_COLUMNS)
     return max(1, n), min(V, max(multiple, v // multiple * multiple))
 
 

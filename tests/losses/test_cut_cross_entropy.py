@@ -238,14 +238,14 @@ def step(dtype, reduction, skip_tol, N, D, V):
 
 for case in sys.argv[1:]:
     if os.fork() == 0:  # a process for each, in which nothing has been freed that could be used again
-        dtype, reduction, skip_tol = case.split()
+        dtype, reduction, skip_tol, width = case.split()
         options = (getattr(torch, dtype), reduction, float(skip_tol))
         step(*options, 64, 64, 512)
-        print(step(*options, 2048, 64, 32768), flush=True)
+        print(step(*options, 2048, int(width), 32768), flush=True)
         os._exit(0)
     os.wait()
 """
-CASES = ["float32 mean 0", "float32 none 1e-3", "bfloat16 mean 0", "bfloat16 none 0"]
+CASES = ["float32 mean 0 64", "float32 none 1e-3 64", "bfloat16 mean 0 64", "bfloat16 none 0 512"]
 
 
 @pytest.fixture(scope="module")
