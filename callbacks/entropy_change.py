@@ -73,6 +73,8 @@ class EntropyChange(Callback):
     Reference: after "Rethinking Entropy Interventions in RLVR" (arXiv 2510.10150), theorem 1.
     """
 
+    policy_statistics = ("entropy_drift",)
+
     def __init__(self) -> None:
         self.fit = ChangeFit()
         self._seen: PolicyReadings | None = None
@@ -90,6 +92,8 @@ class EntropyChange(Callback):
         found = publisher(pl_module, self).policy_readings()
         if found is None or found is self._seen or not found.updates:
             return
+        if any(update.slope is None for update in found.updates):
+            return  # responses that have waited since a run without this callback
         self._seen = found
         mean = torch.where(found.mask, found.entropy, 0).sum() / found.mask.sum().clamp(min=1)
         # one copy for a batch of responses, which cost one for every token

@@ -3,17 +3,18 @@
 A LightningModule with a method ``policy_readings`` is watched by ``PolicyMonitor``, ``EntropyChange`` and
 ``SampleTable``. After a training batch it returns what happened in that batch: a new object each time, and None before
 the first responses. Tensors hold the responses of all ranks, R of them and T tokens at most, equal on every rank; the
-samples are this rank's.
+samples are this rank's. A callback names the statistics that it needs beyond log-probability and entropy in
+``policy_statistics``.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-__all__ = ["PolicyReadings", "PolicySample", "PolicyUpdate", "PublishesPolicy", "publisher"]
+__all__ = ["PolicyReadings", "PolicySample", "PolicyUpdate", "PublishesPolicy", "asked_of_policy", "publisher"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class PolicyUpdate:
         advantage: as the loss took it.
         weight: of each token's policy loss; 0 where a mask left the token out.
         slope: change of the entropy with the token's logit under softmax,
-            ``-(p (ln p + H) - sum_v p_v^2 (ln p_v + H))``.
+            ``-(p (ln p + H) - sum_v p_v^2 (ln p_v + H))``; None if no callback asks for ``entropy_drift``.
         clipped: which tokens have no gradient because of the clip, bool; None if the surrogate never clips.
     """
 
@@ -59,7 +60,7 @@ class PolicyUpdate:
     log_ratio: Tensor
     advantage: Tensor
     weight: Tensor
-    slope: Tensor
+    slope: Tensor | None
     clipped: Tensor | None
 
 
@@ -106,3 +107,9 @@ def publisher(pl_module: LightningModule, callback: object) -> PublishesPolicy:
             f" {type(pl_module).__name__} has no `policy_readings`. Leave the callback out."
         )
     return pl_module
+
+
+def asked_of_policy(trainer: Trainer) -> tuple[str, ...]:
+    """The statistics that callbacks need of each batch of responses, beyond log-probability and entropy."""
+    callbacks: list[object] = trainer.callbacks  # type: ignore[attr-defined]
+    return tuple(name for callback in callbacks for name in getattr(callback, "policy_statistics", ()))

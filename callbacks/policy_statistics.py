@@ -93,6 +93,7 @@ def entropy_change(updates: Sequence[PolicyUpdate]) -> Tensor:
     for update in updates:
         moving = update.mask if update.clipped is None else update.mask & ~update.clipped
         ratio = update.log_ratio.clamp(-20, 20).exp()
+        assert update.slope is not None, "no callback asks for entropy_drift"
         step = update.weight * ratio * update.advantage * update.slope
         total = total + torch.where(moving, step, 0).sum() / update.mask.sum().clamp(min=1)
     return total

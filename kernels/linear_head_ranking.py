@@ -13,9 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from litropy.kernels.likeliest import likeliest
 from litropy.kernels.linear_head_types import RowStats, Want
 
 __all__ = ["rank_rows"]
+
+_NUCLEUS = 32  # entries that are looked at before a row is sorted
 
 
 def rank_rows(
@@ -45,20 +48,41 @@ def rank_rows(
         stats.topk_mass = mass
         stats.topk_entropy = torch.special.entr(q).sum(1)
     if want.top_p:
-        log_p = z - log_total
-        threshold = _threshold(z, stats.lse, want.top_p, group)[:, None]
-        inside = z > threshold if want.open_nucleus else z >= threshold
-        lowest = _all(z.masked_fill(~inside, math.inf).amin(1), dist.ReduceOp.MIN, group)
-        next_one = _all(z.masked_fill(inside, -math.inf).amax(1), dist.ReduceOp.MAX, group)
-        half_way = torch.where(next_one == -math.inf, next_one, next_one + (lowest - next_one) / 2)
-        # two neighbouring floats have nothing between them; an empty nucleus has no lowest entry
-        stats.nucleus_boundary = torch.where((half_way > next_one) | (next_one == -math.inf), half_way, lowest)
-        p = log_p.exp().masked_fill(~inside, 0)
-        mass = _all(p.sum(1), dist.ReduceOp.SUM, group)
-        moment = _all((p * log_p.clamp(min=-1e4)).sum(1), dist.ReduceOp.SUM, group)
-        is_empty = (lowest == math.inf) & stats.lse.isfinite()
-        stats.nucleus_log_mass = mass.log().masked_fill(is_empty, 0)
-        stats.nucleus_entropy = (stats.nucleus_log_mass - moment / mass).masked_fill(is_empty, 0)
+        found = _quick_nucleus(z, stats.lse, want) if group is None else _nucleus(z, stats.lse, want, group)
+        stats.nucleus_boundary, stats.nucleus_log_mass, stats.nucleus_entropy, _ = found
+
+
+def _quick_nucleus(z: Tensor, lse: Tensor, want: Want) -> list[Tensor]:
+    """``_nucleus`` from the likeliest entries alone, where it lies within them."""
+    if z.device.type != "cpu":  # a GPU sorts fast, and which rows need it would have to be waited for
+        return _nucleus(z, lse, want, None)
+    top, _ = likeliest(z, _NUCLEUS)
+    found = _nucleus(top, lse, want, None)
+    if top.shape[1] < z.shape[1]:
+        rows = (found[3] <= top[:, -1]).nonzero()[:, 0]
+        if len(rows):
+            for mine, whole in zip(found, _nucleus(z[rows], lse[rows], want, None), strict=True):
+                mine[rows] = whole
+    return found
+
+
+def _nucleus(z: Tensor, lse: Tensor, want: Want, group: dist.ProcessGroup | None) -> list[Tensor]:
+    """Boundary, logarithm of the mass, entropy and least entry of the nucleus of each row of z, [n] each."""
+    assert want.top_p is not None
+    threshold = _threshold(z, lse, want.top_p, group)
+    inside = z > threshold[:, None] if want.open_nucleus else z >= threshold[:, None]
+    lowest = _all(z.masked_fill(~inside, math.inf).amin(1), dist.ReduceOp.MIN, group)
+    next_one = _all(z.masked_fill(inside, -math.inf).amax(1), dist.ReduceOp.MAX, group)
+    half_way = torch.where(next_one == -math.inf, next_one, next_one + (lowest - next_one) / 2)
+    # two neighbouring floats have nothing between them; an empty nucleus has no lowest entry
+    boundary = torch.where((half_way > next_one) | (next_one == -math.inf), half_way, lowest)
+    log_p = z - lse[:, None]
+    p = log_p.exp().masked_fill(~inside, 0)
+    mass = _all(p.sum(1), dist.ReduceOp.SUM, group)
+    moment = _all((p * log_p.clamp(min=-1e4)).sum(1), dist.ReduceOp.SUM, group)
+    is_empty = (lowest == math.inf) & lse.isfinite()
+    log_mass = mass.log().masked_fill(is_empty, 0)
+    return [boundary, log_mass, (log_mass - moment / mass).masked_fill(is_empty, 0), threshold]
 
 
 def _all(x: Tensor, operation: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> Tensor:

@@ -169,26 +169,24 @@ def logit_gradient(
     torch.sub(z, stats.max_logit[:, None], out=u).add_(stats.shifted_max_logprob(target)[:, None])
     torch.exp(u, out=e)
     factor = g.of_p(stats.lse, head.mean_total)[:, None]
-    nucleus = None if g.nucleus_entropy is None else _nucleus_gradient(z, u, stats, g.nucleus_entropy)
-    if g.entropy is None and g.varentropy is None:
-        e.mul_(factor)
-    else:
+    if g.nucleus_entropy is not None:
+        u.clamp_(min=_NO_PROBABILITY)
+        factor = factor + _nucleus_slope(z, u, stats, g.nucleus_entropy)
+    if g.entropy is not None or g.varentropy is not None:
         u.clamp_(min=_NO_PROBABILITY).add_(stats.entropy[:, None])
         if g.varentropy is not None:
             factor = factor + (u * (u + 2) - stats.varentropy[:, None]).mul_(g.varentropy[:, None])
         if g.entropy is not None:
             factor = torch.mul(u, -g.entropy[:, None], out=u).add_(factor)
-        e.mul_(factor)
-    if nucleus is not None:
-        e.add_(nucleus)
+    e.mul_(factor)
     return add_target_gradient_(e, start, head, target, g)
 
 
-def _nucleus_gradient(z: Tensor, logp: Tensor, stats: RowStats, g: Tensor) -> Tensor:
-    """``-g q (log q + H_S)`` inside the nucleus and 0 outside, with log q = log p - log A."""
-    log_q = (logp - stats.nucleus_log_mass[:, None]).clamp_(min=_NO_PROBABILITY)
-    gradient = log_q.exp() * (log_q + stats.nucleus_entropy[:, None]) * -g[:, None]
-    return gradient.masked_fill_(z < stats.nucleus_boundary[:, None], 0)
+def _nucleus_slope(z: Tensor, logp: Tensor, stats: RowStats, g: Tensor) -> Tensor:
+    """``-g (log q + H_S) / A`` inside the nucleus and 0 outside: a factor of p, as q = p / A."""
+    offset = stats.nucleus_entropy - stats.nucleus_log_mass
+    slope = (logp + offset[:, None]).mul_((-g * (-stats.nucleus_log_mass).exp())[:, None])
+    return slope.masked_fill_(z < stats.nucleus_boundary[:, None], 0)
 
 
 def add_target_gradient_(dz: Tensor, start: int, head: Head, target: Tensor | None, g: Cotangents) -> Tensor:

@@ -24,7 +24,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from litropy.callbacks.policy_readings import PolicyReadings
+from litropy.callbacks.policy_readings import PolicyReadings, asked_of_policy
 from litropy.recipes.gradients import Gradients
 from litropy.recipes.language_model import LanguageModel
 from litropy.recipes.optimizers import Schedule, adamw, decay_groups, learning_rate_factor
@@ -317,7 +317,7 @@ class RLVR(LanguageModel):
         rollouts = to_batch(judged, place * _ROW_ROOM * self.group_size)
         self._rounds += 1
         self._tokens = rollouts.prompts.numel() + rollouts.responses.numel()
-        wanted = replace(self.wanted, names=tuple(dict.fromkeys((*self.wanted.names, "varentropy", "entropy_drift"))))
+        wanted = self.wanted.beside("varentropy", *asked_of_policy(self.trainer))
         stats = batch_stats(self._built, rollouts, wanted, self.micro_batch_size)
         reference = self.reference.logprobs(self._built, rollouts, self.micro_batch_size)
         rollouts = gather_batch(replace(rollouts, stats=stats, reference=reference))

@@ -1,7 +1,7 @@
 """What a policy says about given responses, without logits."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -31,6 +31,10 @@ class Wanted:
     names: tuple[str, ...] = ("logprob", "entropy")
     top_p: float | None = None
     nucleus: Nucleus = "closed"
+
+    def beside(self, *names: str) -> "Wanted":
+        """These, and further ones."""
+        return replace(self, names=tuple(dict.fromkeys((*self.names, *names))))
 
 
 def wanted_by(components: Iterable[Component]) -> Wanted:

@@ -14,9 +14,9 @@ __all__ = ["PolicyRecord", "policy_update"]
 
 def policy_update(found: Objective, batch: UpdateBatch) -> PolicyUpdate:
     """One optimiser step as callbacks read it; the slope is that of the policy that wrote the tokens."""
-    stats = batch.rollouts.stats
-    surprise = batch.old + stat(stats, "entropy")
-    slope = stat(stats, "entropy_drift") - batch.old.exp() * surprise
+    stats, slope = batch.rollouts.stats, None
+    if stats.entropy_drift is not None:
+        slope = stats.entropy_drift - batch.old.exp() * (batch.old + stat(stats, "entropy"))
     return PolicyUpdate(
         mask=batch.mask,
         logprob=batch.logprob,

@@ -26,7 +26,8 @@ def concatenate(batches: list[RolloutBatch]) -> RolloutBatch:
     joined = {
         name: _padded([getattr(batch, name) for batch in batches], left=name.startswith("prompt")) for name in names
     }
-    stats = [f.name for f in fields(HeadStats) if getattr(batches[0].stats, f.name) is not None]
+    # those that waited in a checkpoint may lack what a callback asks for since
+    stats = [f.name for f in fields(HeadStats) if all(getattr(b.stats, f.name) is not None for b in batches)]
     joined_stats = HeadStats(
         **{name: _padded([getattr(batch.stats, name) for batch in batches], left=False) for name in stats}
     )

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from litropy.kernels.likeliest import behind_the_likeliest, likeliest
 from litropy.recipes.steering.sampler import Sampler, keep_at_least_one
 
 __all__ = ["Mirostat", "zipf_cutoff"]
@@ -35,7 +36,7 @@ def zipf_cutoff(logits: Tensor, bound: Tensor, vocabulary: int) -> Tensor:
 
     Reference: Mirostat (arXiv 2007.14966), algorithm 1.
     """
-    top = logits.topk(min(_LIKELIEST + 1, logits.shape[-1]), -1).values
+    top, _ = likeliest(logits, _LIKELIEST + 1)
     rank = torch.arange(1, top.shape[-1], device=top.device, dtype=top.dtype)
     fall = top[:, :-1] - top[:, 1:]
     known = top[:, 1:] > -torch.inf
@@ -94,9 +95,12 @@ class Mirostat(Sampler):
             return keep_at_least_one(logits, -logits.log_softmax(-1) > self._bound[:, None])
         vocabulary = _RELEASED_VOCABULARY if self.released else logits.shape[-1]
         count = zipf_cutoff(logits, self._bound, vocabulary).round().long() + int(self.released)
-        order = logits.argsort(dim=-1, descending=True, stable=True)
-        beyond = torch.arange(logits.shape[-1], device=logits.device) >= count[:, None]
-        return keep_at_least_one(logits, torch.zeros_like(beyond).scatter(-1, order, beyond))
+        whole = count >= logits.shape[-1]
+
+        def behind(top: Tensor, rows: Tensor) -> Tensor:
+            return torch.arange(top.shape[-1], device=top.device) >= count[rows, None]
+
+        return keep_at_least_one(logits, behind_the_likeliest(logits, behind, whole))
 
     def observe(self, logprob: Tensor) -> None:
         """Move mu by how far the surprise was from the target."""

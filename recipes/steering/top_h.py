@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from litropy.kernels.likeliest import behind_the_likeliest
 from litropy.recipes.steering.sampler import Sampler, keep_at_least_one
 
 __all__ = ["TopH"]
@@ -41,14 +42,21 @@ class TopH(Sampler):
 
     def truncate(self, logits: Tensor) -> Tensor:
         """Drop what comes after the last token that fits."""
-        count = min(_RELEASED_CANDIDATES, logits.shape[-1]) if self.released else logits.shape[-1]
-        top, order = logits.topk(count, -1)
-        logprob = top.log_softmax(-1)
-        terms = torch.where(logprob > -torch.inf, -logprob.exp() * logprob, 0)
-        entropy = terms.cumsum(-1)
-        whole = entropy[:, -1:]
-        if not self.released:
-            mass = logprob.exp().cumsum(-1)
-            entropy = mass.log() + entropy / mass
-        dropped = torch.ones_like(logits, dtype=torch.bool).scatter(-1, order, entropy > self.share * whole)
-        return keep_at_least_one(logits, dropped)
+        logprob = logits.log_softmax(-1)
+        if self.released:  # the softmax is that of the candidates alone
+            top, places = logprob.topk(min(_RELEASED_CANDIDATES, logits.shape[-1]), -1)
+            terms = _terms(top.log_softmax(-1))
+            beyond = terms.cumsum(-1) > self.share * terms.sum(-1, keepdim=True)
+            return keep_at_least_one(logits, torch.ones_like(logits, dtype=torch.bool).scatter(-1, places, beyond))
+        bound = self.share * _terms(logprob).sum(-1, keepdim=True)
+
+        def behind(top: Tensor, rows: Tensor) -> Tensor:
+            mass = top.exp().cumsum(-1)
+            return mass.log() + _terms(top).cumsum(-1) / mass > bound[rows]
+
+        return keep_at_least_one(logits, behind_the_likeliest(logprob, behind))
+
+
+def _terms(logprob: Tensor) -> Tensor:
+    """``-p log p``, 0 where p is."""
+    return -logprob.exp() * logprob.clamp(min=torch.finfo(logprob.dtype).min)

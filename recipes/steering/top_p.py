@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from litropy.kernels.likeliest import behind_the_likeliest
 from litropy.recipes.steering.sampler import Sampler, keep_at_least_one
 
 __all__ = ["TopP"]
@@ -28,6 +29,9 @@ class TopP(Sampler):
 
     def truncate(self, logits: Tensor) -> Tensor:
         """Drop what comes after the token at which the mass reaches ``top_p``."""
-        ordered, order = logits.softmax(-1).sort(-1, descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= self.top_p
-        return keep_at_least_one(logits, beyond.scatter(-1, order, beyond))
+        logprob = logits.log_softmax(-1)
+        return keep_at_least_one(logits, behind_the_likeliest(logprob, self._behind))
+
+    def _behind(self, top: Tensor, rows: Tensor) -> Tensor:
+        mass = top.exp()
+        return mass.cumsum(-1) - mass >= self.top_p
