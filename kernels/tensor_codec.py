@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from litropy.kernels.host_memory import empty
 from litropy.kernels.rans_stream import LONG_SEGMENT
 from litropy.kernels.tensor_codec_batch import decode_window, window_chunks
 from litropy.kernels.tensor_codec_choice import choose_coders, sample_ranges
@@ -40,6 +41,7 @@ from litropy.kernels.tensor_codec_layout import (
 from litropy.kernels.tensor_codec_planes import (
     merge_planes,
     numba_loops,
+    scratch_planes,
     split_planes,
     transform,
     word_bytes,
@@ -77,7 +79,7 @@ def plan_tensor(
     Example:
         >>> plan = plan_tensor(torch.randn(1000, 1000, generator=torch.Generator().manual_seed(0)).bfloat16())
         >>> plan.codec, plan.coders, round(plan.estimated_bytes / plan.layout.nbytes, 2)
-        ('zstd', ('zstd', 'raw'), 0.66)
+        ('zstd', ('huffman', 'raw'), 0.66)
     """
     if codec not in _CODECS:
         raise ValueError(f"`codec` must be one of {_CODECS}, got {codec!r}.")
@@ -128,7 +130,9 @@ def encode_chunk(values: Tensor, plan: TensorPlan, *, base: Tensor | None = None
     if not plan.coders:
         return pack_words(x)
     others = _fitting(base, plan.layout, len(values))
-    planes = split_planes(x, transform(plan.layout.dtype, plan.layout.delta), None if others is None else words(others))
+    planes = split_planes(
+        x, transform(plan.layout.dtype, plan.layout.delta), None if others is None else words(others), scratch_planes(x)
+    )
     segment = LONG_SEGMENT if plan.layout.delta else SEGMENT
     payload = pack_planes(
         [encode_plane(plane, coder, segment) for plane, coder in zip(planes, plan.coders, strict=True)]
@@ -156,7 +160,7 @@ def encode_chunks(tensor: Tensor, plan: TensorPlan, *, base: Base = None, thread
         others = _base_chunk(base, plan.layout, index) if plan.coders else None
         return encode_chunk(flat_chunk(tensor, plan.layout, index), plan, base=others)
 
-    return _ordered(encode, range(plan.layout.num_chunks), threads)
+    return _ordered(encode, range(plan.layout.num_chunks), min(threads, plan.layout.num_chunks))
 
 
 def encode_tensor(
@@ -270,7 +274,7 @@ def decode_chunks(
     Raises:
         ValueError: when a payload is damaged, there are too few or too many, or the base does not fit.
     """
-    out = torch.empty(layout.shape, dtype=layout.dtype, device=device)
+    out = empty(layout.shape, layout.dtype, device)
     flat = out.view(-1)
     numbered = _counted(payloads, layout)
     resolved = _resolve(impl, out.device)
@@ -286,7 +290,7 @@ def decode_chunks(
         start, stop = layout.chunk_range(index)
         decode_chunk(payload, layout, index, base=_base_chunk(base, layout, index), out=flat[start:stop], impl=resolved)
 
-    deque(_ordered(decode, numbered, threads), maxlen=0)
+    deque(_ordered(decode, numbered, min(threads, layout.num_chunks)), maxlen=0)
     return out
 
 

@@ -20,15 +20,15 @@ BLOCKS = 4
 _BLOCK = 16384
 # bits of entropy a byte from which on codes cannot save anything worth their time
 _NOISE = 7.96
-# Huffman codes take so many bits a byte more than entropy; below two bits it depends on matches, so that is tried
+# Huffman codes take so many bits a byte more than entropy; below two bits matches save more, so that is tried
 _HUFFMAN_EXCESS, _LEAST_BITS = 0.035, 2.0
 # the least share of a tensor's bytes that a plane's coder must save to be taken: any at all over raw bytes, LZ matches
 # over Huffman codes alone, and rANS over Zstandard
-_LEAST_SAVING = {"raw": 0.0, "zstd": 0.002, "zstd_match": 0.02, "rans": 0.005}
+_LEAST_SAVING = {"huffman": 0.002, "zstd": 0.002, "zstd_match": 0.02, "rans": 0.005}
 _CANDIDATES: dict[Codec, tuple[Coder, ...]] = {
-    "zstd": ("zstd", "zstd_match"),
+    "zstd": ("huffman", "zstd", "zstd_match"),
     "rans": ("rans",),
-    "auto": ("zstd", "zstd_match", "rans"),
+    "auto": ("huffman", "zstd", "zstd_match", "rans"),
 }
 
 
@@ -74,8 +74,12 @@ def choose_coders(planes: Bytes, words: int, codec: Codec, kind: int, delta: boo
             if coder == "rans":
                 bits = -float(p @ np.log2(frequencies(counts)[counts > 0] / TOTAL))
                 sizes[coder] = stream_bytes(len(p), words, bits, segment)
-            elif coder == "zstd" and entropy > _LEAST_BITS and not matching:
+            elif coder == "huffman":
+                if entropy <= _LEAST_BITS:
+                    continue
                 sizes[coder] = (entropy + _HUFFMAN_EXCESS) / 8 * words
+            elif coder == "zstd" and entropy > _LEAST_BITS and not matching:
+                continue
             else:
                 sizes[coder] = len(zstd_bytes(plane, coder)) * words / plane.size
             if sizes[best] - sizes[coder] > least[coder] * words * len(planes):

@@ -22,14 +22,15 @@ from numpy.typing import NDArray
 
 from litropy.kernels.rans_stream import encode_rans, parse_stream
 from litropy.kernels.tensor_codec_layout import SEGMENT, Buffer, Coder
-from litropy.kernels.tensor_codec_planes import Bytes, Words
+from litropy.kernels.tensor_codec_planes import Bytes, Words, numba_loops
 
 __all__ = ["RANS", "Plane", "decode_plane", "encode_plane", "pack_planes", "pack_words", "parse_payload", "zstd_bytes"]
 
 _WORDS, _PLANES = b"\x00", b"\x01"
 RAW, SAME, ZSTD, RANS = range(4)
 _ENTRY = struct.Struct("<BI")
-# of ``zstd``, with next to no search for matches: what remains is Huffman coding, its tables made anew every 128 KiB
+# of ``zstd``, and for what ``huffman`` cannot code: next to no search for matches, so that Huffman coding remains, whose
+# tables are made anew every 128 KiB
 _LITERALS = {"window_log": 17, "hash_log": 6, "min_match": 7, "strategy": zstandard.STRATEGY_FAST}
 _MATCH_LEVEL = 3
 _threads = threading.local()
@@ -46,9 +47,9 @@ def _compressor(coder: Coder) -> zstandard.ZstdCompressor:
     """This thread's own: compressors are not to be shared."""
     if not hasattr(_threads, coder):
         parameters = (
-            zstandard.ZstdCompressionParameters(**_LITERALS)
-            if coder == "zstd"
-            else zstandard.ZstdCompressionParameters.from_level(_MATCH_LEVEL)
+            zstandard.ZstdCompressionParameters.from_level(_MATCH_LEVEL)
+            if coder == "zstd_match"
+            else zstandard.ZstdCompressionParameters(**_LITERALS)
         )
         setattr(_threads, coder, zstandard.ZstdCompressor(compression_params=parameters))
     compressor: zstandard.ZstdCompressor = getattr(_threads, coder)
@@ -60,12 +61,22 @@ def zstd_bytes(plane: Bytes, coder: Coder) -> bytes:
     return _compressor(coder).compress(plane.data)
 
 
+def _frame(plane: Bytes, coder: Coder) -> bytes:
+    """A Zstandard frame, by our own encoder where matches are not worth a search."""
+    if coder == "huffman" and numba_loops() is not None:
+        from litropy.kernels.zstd_literals import compress_literals
+
+        if (frame := compress_literals(plane)) is not None:
+            return frame
+    return zstd_bytes(plane, coder)
+
+
 def encode_plane(plane: Bytes, coder: Coder, segment: int = SEGMENT) -> Plane:
     """Code a plane [n], n > 0, by what the plan says, or by less where that is smaller."""
     if plane[0] == plane[-1] and (plane == plane[0]).all():
         return Plane(SAME, plane[:1].data)
     if coder != "raw":
-        coded = Plane(RANS, encode_rans(plane, segment)) if coder == "rans" else Plane(ZSTD, zstd_bytes(plane, coder))
+        coded = Plane(RANS, encode_rans(plane, segment)) if coder == "rans" else Plane(ZSTD, _frame(plane, coder))
         if len(coded.data) < plane.size:
             return coded
     return Plane(RAW, plane.data)

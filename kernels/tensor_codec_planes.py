@@ -13,6 +13,7 @@ sign; of a float32, planes 1 to 3 are.
 import functools
 import importlib
 import importlib.util
+import threading
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -24,7 +25,7 @@ from torch import Tensor
 
 __all__ = [
     "ROTATE", "Bytes", "Words", "count_bytes", "merge_planes", "merge_planes_torch", "numba_loops", "read_only",
-    "split_planes", "transform", "word_bytes", "words",
+    "scratch_planes", "split_planes", "transform", "word_bytes", "words",
 ]  # fmt: skip
 
 Bytes = NDArray[np.uint8]
@@ -34,6 +35,7 @@ PLAIN, ROTATE, ZIGZAG = 0, 1, 2
 _BLOCK = 16384
 # below this many words compiling would take longer than NumPy does
 _FEW = 65536
+_threads = threading.local()
 
 
 @functools.cache
@@ -81,11 +83,19 @@ def count_bytes(plane: Bytes) -> NDArray[np.int64]:
     return counts
 
 
-def split_planes(x: Words, kind: int, base: Words | None) -> Bytes:
-    """Words [n] to planes [bytes of a word, n]."""
+def scratch_planes(x: Words) -> Bytes:
+    """Room for the planes of words [n], which this thread's next call gives out again."""
+    if not hasattr(_threads, "planes") or _threads.planes.size < x.nbytes:
+        _threads.planes = np.empty(x.nbytes, np.uint8)
+    planes: Bytes = _threads.planes[: x.nbytes].reshape(x.itemsize, x.size)
+    return planes
+
+
+def split_planes(x: Words, kind: int, base: Words | None, out: Bytes | None = None) -> Bytes:
+    """Words [n] to planes [bytes of a word, n], in ``out`` or in memory of their own."""
     if x.itemsize == 1 and kind == PLAIN:
         return x.view(np.uint8)[None]
-    planes = np.empty((x.itemsize, x.size), np.uint8)
+    planes = np.empty((x.itemsize, x.size), np.uint8) if out is None else out
     loops = numba_loops() if x.size >= _FEW else None
     if loops is not None:
         loops.split(read_only(x), kind, read_only(x[:0] if base is None else base), planes)

@@ -1,0 +1,219 @@
+"""Zstandard frames without matches: Huffman codes of every 128 KiB by themselves.
+
+Bytes such as exponents of weights have few values, and no sequence of them means anything. Zstandard's own encoder
+finds some nevertheless, by chance, and looks for them half of its time. Any decoder of Zstandard reads these frames.
+
+    frame    magic, descriptor, window of 128 KiB, u32 content size, blocks
+    block    u24 (last, kind, bytes); one byte that is repeated, bytes as they are, or
+    coded    u40 (kind, sizes), weights of the symbols in 4 bits each, u16 [3] bytes of streams, 4 streams, no sequences
+
+Reference: RFC 8878, sections 3.1.1 and 4.2.
+"""
+
+import threading
+from typing import Any
+
+import numpy as np
+from numba import njit, uint32, uint64
+
+from litropy.kernels.tensor_codec_planes import Bytes, read_only
+
+__all__ = ["compress_literals"]
+
+BLOCK = 1 << 17
+_MOST_BITS, _SYMBOLS = 11, 129
+# so that each of four streams has symbols, and the weights are few beside them
+_LEAST_BLOCK = 1024
+# of so few values a block is coded by a sample of it
+_CLOSE = 64
+_RAW, _REPEATED, _CODED = 0, 1, 2
+# magic; a window and 4 bytes of size; window
+_HEAD = np.array([0x28, 0xB5, 0x2F, 0xFD, 0x80, (17 - 10) << 3], np.uint8)
+_threads = threading.local()
+
+
+def compress_literals(plane: Bytes) -> bytes | None:
+    """A frame of a plane [n], n < 2^32; None where it holds a byte above 128, whose weight would be written otherwise.
+
+    Example:
+        >>> exponents = np.random.default_rng(0).geometric(0.5, 300_000).astype(np.uint8)
+        >>> len(compress_literals(exponents)) / len(exponents) < 0.252
+        True
+    """
+    # a block that turns out larger than it was is written anew
+    room = plane.size + 3 * -(-plane.size // BLOCK) + BLOCK
+    # kept from call to call: fresh memory would take long to clear
+    if not hasattr(_threads, "out") or _threads.out.size < room:
+        _threads.out = np.empty(room, np.uint8)
+    out: Bytes = _threads.out
+    out[: _HEAD.size] = _HEAD
+    out[_HEAD.size : _HEAD.size + 4] = np.array([plane.size], "<u4").view(np.uint8)
+    stop = _compress(read_only(plane), out, _HEAD.size + 4)
+    return out[:stop].tobytes() if stop else None
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _compress(symbols: Any, out: Any, at: int) -> int:
+    """Blocks to ``out``; where they end, or 0 for symbols that are too high."""
+    counts = np.empty((8, 256), np.uint32)
+    bits = np.empty(_SYMBOLS, np.int64)
+    codes = np.zeros(256, np.uint64)
+    words = np.empty(BLOCK // 4 * _MOST_BITS // 32 + 4, np.uint32)
+    for start in range(0, symbols.size, BLOCK):
+        block = symbols[start : start + BLOCK]
+        last = 1 if start + BLOCK >= symbols.size else 0
+        low, high = block[0], block[0]
+        for i in range(block.size):
+            low, high = min(low, block[i]), max(high, block[i])
+        if high >= _SYMBOLS:
+            return 0
+        if low == high:
+            at = _number(out, at, last | _REPEATED << 1 | block.size << 3, 3)
+            out[at] = low
+            at += 1
+            continue
+        size = block.size
+        if size >= _LEAST_BLOCK and _code_lengths(_count(block, low, high, counts), bits):
+            size = _coded_block(block, bits[: high + 1], codes, words, out[at + 3 :])
+        if size < block.size:
+            at = _number(out, at, last | _CODED << 1 | size << 3, 3) + size
+        else:
+            at = _number(out, at, last | _RAW << 1 | block.size << 3, 3)
+            out[at : at + block.size] = block
+            at += block.size
+    return at
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _number(out: Any, at: int, value: int, width: int) -> int:
+    for i in range(width):
+        out[at + i] = (value >> (8 * i)) & 255
+    return at + width
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _count(block: Any, low: int, high: int, counts: Any) -> Any:
+    """How often each byte occurs, [high + 1], or about that where the bytes lie close together."""
+    one = uint32(1)
+    step = 8
+    # eight tables: equal neighbours need not wait for each other
+    counts[:] = 0
+    if high - low < _CLOSE:
+        # a quarter tells the codes' lengths well enough; what it lacks may occur nevertheless
+        step = 32
+        counts[0, low : high + 1] = one
+    whole = block.size // 32 * 32
+    for start in range(0, whole, step):
+        eight = block[start : start + 8]
+        for k in range(8):
+            counts[k, eight[k]] += one
+    for i in range(whole, block.size):
+        counts[0, block[i]] += one
+    return counts[:, : high + 1].sum(0)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _code_lengths(count: Any, bits: Any) -> bool:
+    """Bits of each symbol's code to ``bits``: Huffman's, 11 at most; False where they would not fill the tree."""
+    present = np.flatnonzero(count)
+    present = present[np.argsort(count[present])]
+    k = present.size
+    weight, parent = np.empty(2 * k - 1, np.int64), np.zeros(2 * k - 1, np.int64)
+    weight[:k] = count[present]
+    leaf, node = 0, k
+    for new in range(k, 2 * k - 1):
+        weight[new] = 0
+        for _ in range(2):
+            if leaf < k and (node >= new or weight[leaf] <= weight[node]):
+                taken = leaf
+                leaf += 1
+            else:
+                taken = node
+                node += 1
+            weight[new] += weight[taken]
+            parent[taken] = new
+    depth = np.zeros(2 * k - 1, np.int64)
+    for i in range(2 * k - 3, -1, -1):
+        depth[i] = depth[parent[i]] + 1
+    bits[:] = 0
+    # what is cut off long codes is taken from symbols that lose least by it
+    free = 1 << _MOST_BITS
+    for i in range(k):
+        depth[i] = min(depth[i], _MOST_BITS)
+        free -= 1 << (_MOST_BITS - depth[i])
+    while free < 0:
+        longest = 0
+        for i in range(k):
+            if depth[i] < _MOST_BITS and (depth[longest] == _MOST_BITS or depth[i] > depth[longest]):
+                longest = i
+        depth[longest] += 1
+        free += 1 << (_MOST_BITS - depth[longest])
+    for i in range(k - 1, -1, -1):
+        while free and 1 << (_MOST_BITS - depth[i]) <= free:
+            free -= 1 << (_MOST_BITS - depth[i])
+            depth[i] -= 1
+    for i in range(k):
+        bits[present[i]] = depth[i]
+    return free == 0
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _coded_block(block: Any, bits: Any, codes: Any, words: Any, out: Any) -> int:
+    """A block's bytes to ``out``; how many."""
+    longest = bits.max()
+    # codes of a length are consecutive, the longest ones come first: value 2^8 + length
+    value = 0
+    for length in range(longest, 0, -1):
+        for symbol in range(bits.size):
+            if bits[symbol] == length:
+                codes[symbol] = uint64(value << 8 | length)
+                value += 1
+        value >>= 1
+    at = 5
+    # the last symbol's weight follows from the others'
+    out[at] = 127 + bits.size - 1
+    for symbol in range(0, bits.size - 1, 2):
+        first = longest + 1 - bits[symbol] if bits[symbol] else 0
+        second = longest + 1 - bits[symbol + 1] if symbol + 1 < bits.size - 1 and bits[symbol + 1] else 0
+        at += 1
+        out[at] = first << 4 | second
+    sizes = at + 1
+    at += 7
+    quarter = (block.size + 3) // 4
+    for k in range(4):
+        length = _stream(block[k * quarter : (k + 1) * quarter], codes, words)
+        out[at : at + length] = words.view(np.uint8)[:length]
+        at += length
+        if k < 3:
+            _number(out, sizes + 2 * k, length, 2)
+    # compressed, four streams with sizes of 18 bits
+    _number(out, 0, 2 | 3 << 2 | block.size << 4 | (at - 5) << 22, 5)
+    out[at] = 0
+    return at + 1
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _stream(symbols: Any, codes: Any, words: Any) -> int:
+    """Codes from the last symbol to the first, and a one at the end; how many bytes."""
+    one, two, five, eight = uint64(1), uint64(2), uint64(5), uint64(8)
+    # shifts are by less than 64, which the compiler cannot know
+    low, mask = uint64(31), uint64(63)
+    held, used, at = uint64(0), uint64(0), uint64(0)
+    i = uint64(symbols.size)
+    if i & one:
+        i -= one
+        held, used = codes[symbols[i]] >> eight, codes[symbols[i]] & mask
+    for _ in range(symbols.size // 2):
+        i -= two
+        first, second = codes[symbols[i + one]], codes[symbols[i]]
+        pair = (first >> eight) | ((second >> eight) << (first & mask))
+        held |= pair << used
+        used += (first & mask) + (second & mask)
+        words[at] = uint32(held)
+        full = used >> five
+        at += full
+        held >>= (full << five) & mask
+        used &= low
+    held |= one << used
+    words[at] = uint32(held)
+    return int(4 * at + ((used + eight) >> uint64(3)))

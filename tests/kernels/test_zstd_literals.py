@@ -1,0 +1,109 @@
+"""Frames of our own encoder are Zstandard's: its decoder gives back every byte, whatever the symbols and sizes."""
+
+import numpy as np
+import pytest
+import torch
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from litropy.kernels import host_memory
+from litropy.kernels.tensor_codec import decode_tensor, encode_tensor, plan_tensor
+from litropy.kernels.tensor_codec_planes import numba_loops
+
+pytestmark = pytest.mark.skipif(numba_loops() is None, reason="needs numba")
+
+BLOCK = 1 << 17
+SIZES = (1, 2, 1023, 1024, 1025, 4097, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 1025, 300_001)
+
+
+def symbols(kind, size):
+    rng = np.random.default_rng(size)
+    drawn = {
+        "halving": lambda: rng.geometric(0.5, size),
+        "flat": lambda: rng.integers(0, 129, size),
+        "close and flat": lambda: rng.integers(40, 60, size),
+        "one": lambda: np.full(size, 77),
+        "two far apart": lambda: (rng.random(size) < 0.01) * 128,
+        "long tail": lambda: rng.geometric(0.02, size).clip(0, 128),
+        "fibonacci": lambda: np.repeat(np.arange(30), [round(1.618**k) for k in range(30)])[:size],
+        "sorted": lambda: np.sort(rng.zipf(1.05, size)).clip(0, 128),
+        "all others once": lambda: np.r_[np.arange(129), np.zeros(size)][:size],
+    }
+    return drawn[kind]().astype(np.uint8)
+
+
+def decompressed(frame):
+    return zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "halving",
+        "flat",
+        "close and flat",
+        "one",
+        "two far apart",
+        "long tail",
+        "fibonacci",
+        "sorted",
+        "all others once",
+    ],
+)
+def test_frames_decode_to_what_they_hold(kind):
+    from litropy.kernels.zstd_literals import compress_literals
+
+    for size in SIZES:
+        plane = symbols(kind, size)
+        frame = compress_literals(plane)
+        assert decompressed(frame) == plane.tobytes(), size
+        assert len(frame) <= plane.size + 10 + 3 * -(-plane.size // BLOCK)
+        assert zstandard.get_frame_parameters(frame).content_size == plane.size
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.binary(min_size=1, max_size=64), st.integers(1, 40_000), st.integers(0, 2**31))
+def test_any_bytes_decode_or_are_declined(alphabet, size, seed):
+    from litropy.kernels.zstd_literals import compress_literals
+
+    values = np.frombuffer(alphabet, np.uint8)
+    plane = values[np.random.default_rng(seed).geometric(0.2, size) % values.size]
+    frame = compress_literals(plane)
+    assert (frame is None) == (plane.max() > 128)
+    assert frame is None or decompressed(frame) == plane.tobytes()
+
+
+def test_codes_take_little_more_than_entropy():
+    from litropy.kernels.zstd_literals import compress_literals
+
+    plane = symbols("halving", 1 << 20)
+    counts = np.bincount(plane)
+    p = counts[counts > 0] / plane.size
+    assert len(compress_literals(plane)) * 8 / plane.size <= -float(p @ np.log2(p)) * 1.01
+
+
+def test_weights_are_coded_so_even_where_some_are_large():
+    weight = torch.randn(300_000, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+    large = weight.clone()
+    large[::1000] = 1000.0
+    for x in (weight, large):
+        assert plan_tensor(x, codec="zstd").coders == ("huffman", "raw")
+        encoded = encode_tensor(x, codec="zstd")
+        assert encoded.nbytes < 0.67 * x.nbytes
+        assert torch.equal(decode_tensor(encoded).view(torch.int16), x.view(torch.int16))
+
+
+def test_much_memory_comes_in_large_pages_or_as_it_can(monkeypatch):
+    asked = []
+    monkeypatch.setattr(host_memory, "_madvise", lambda: lambda *request: asked.append(request))
+    x = host_memory.empty((5 << 20,), torch.uint8)
+    ((start, length, _),) = asked
+    assert x.data_ptr() <= start
+    assert start + length <= x.data_ptr() + x.nbytes
+    assert length > x.nbytes - 2 * 65536
+    assert host_memory.empty((1 << 20,), torch.uint8).nbytes == 1 << 20
+    assert host_memory.empty((5 << 20,), torch.uint8, "meta").is_meta
+    assert len(asked) == 1
+    monkeypatch.setattr(host_memory, "_madvise", lambda: None)
+    assert host_memory.empty((2, 3 << 20), torch.uint8).shape == (2, 3 << 20)
