@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from litropy.losses import HeadStats
 from litropy.recipes.head_loss import LossOptions, head_loss
 from litropy.recipes.output_head import find_output_head, inner_causal_lm
+from litropy.recipes.target_rows import check_target_rows
 
 __all__ = ["CausalLM", "CausalLMOutput", "next_token_targets"]
 
@@ -21,9 +22,10 @@ class CausalLMOutput(NamedTuple):
 
     Attributes:
         loss: the loss to optimise, a scalar [nats].
-        targets: what each position had to predict, int64 [B, T], -100 where nothing.
+        targets: what each position that the head saw had to predict, int64, -100 where nothing: [B, T], or [n] if the
+            batch has ``target_rows``.
         num_targets: how many targets that were, an int64 scalar.
-        stats: row statistics that were asked for, each [B, T]; 0 where there is no target.
+        stats: row statistics that were asked for, each shaped like ``targets``; 0 where there is no target.
     """
 
     loss: Tensor
@@ -112,11 +114,12 @@ class CausalLM(nn.Module):
 
         Args:
             batch: ``input_ids`` and ``labels`` [B, T], both int64 and aligned (the shift by one happens here), and what
-                else the backbone takes: ``attention_mask``, ``position_ids``.
+                else the backbone takes: ``attention_mask``, ``position_ids``. With ``target_rows`` [n] the head sees
+                these places of the flat batch alone, which must be all that have a target.
             router_loss: whether to add a mixture of experts' load-balancing loss if the model's config asks for it.
             return_stats: names of the ``HeadStats`` fields to return from the same pass, detached.
-            choose: says which targets count, bool [B, T], from log-probability, entropy and argmax of each position and
-                the targets; None takes all. The head is passed once more for it, the backbone is not.
+            choose: says which targets count, bool shaped like them, from log-probability, entropy and argmax of each
+                position and the targets; None takes all. The head is passed once more for it, the backbone is not.
             **options: of ``linear_cross_entropy``; ``num_items`` is what to divide the sum over targets by, by default
                 their number.
         """
@@ -127,6 +130,11 @@ class CausalLM(nn.Module):
         outputs = self.backbone(**inputs, use_cache=False, return_dict=True)
         targets = next_token_targets(batch["labels"])
         hidden = outputs.last_hidden_state
+        if "target_rows" in batch:
+            rows = batch["target_rows"]
+            if rows.device.type == "cpu":
+                check_target_rows(rows, targets)
+            hidden, targets = hidden.flatten(0, 1).index_select(0, rows), targets.flatten()[rows]
         if choose is not None:
             with torch.no_grad():
                 names = ("logprob", "entropy", "argmax")

@@ -31,8 +31,8 @@ def surprising_tokens(logprob: Tensor, entropy: Tensor, mask: Tensor, share: flo
         >>> surprising_tokens(logprob, entropy, torch.ones(4, dtype=torch.bool), 0.5, 1.0)
         tensor([False,  True, False,  True])
     """
-    surprise = torch.where(mask, -logprob - alpha * entropy, -torch.inf)
-    everyone = [found.flatten() for found in gather(surprise)]
+    # flat, because a rank's batch may come as rows of targets and another's whole
+    everyone = gather(torch.where(mask, -logprob - alpha * entropy, -torch.inf).flatten())
     whole = torch.cat(everyone)
     chosen = largest_share(whole, whole > -torch.inf, share)
     return chosen.split([len(found) for found in everyone])[rank_and_ranks()[0]].view_as(mask)

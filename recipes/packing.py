@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from litropy.recipes.target_rows import target_rows
+
 __all__ = ["Windows", "best_fit", "concatenate", "gather", "one_per_window"]
 
 
@@ -118,7 +120,8 @@ def gather(
         pad: id that fills what is left of a window.
 
     Returns:
-        ``input_ids``, ``labels`` and ``position_ids`` [B, T] int64, ``attention_mask`` [B, T] int64 (0 at padding).
+        ``input_ids``, ``labels`` and ``position_ids`` [B, T] int64, ``attention_mask`` [B, T] int64 (0 at padding), and
+        where many positions have no target, ``target_rows`` [n] int64: those that have.
     """
     shape = (len(rows), windows.length)
     first = windows.first_span[rows]
@@ -139,7 +142,9 @@ def gather(
     labels.flat[place] = np.where(learnt, found, -100)
     positions.flat[place] = column
     mask = (np.arange(windows.length) < filled[:, None]).astype(np.int64)
-    return {"input_ids": ids, "labels": labels, "position_ids": positions, "attention_mask": mask}
+    batch = {"input_ids": ids, "labels": labels, "position_ids": positions, "attention_mask": mask}
+    wanted = target_rows(labels)
+    return batch if wanted is None else batch | {"target_rows": wanted}
 
 
 def _ranges(begin: np.ndarray, count: np.ndarray) -> np.ndarray:

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from litropy.recipes.causal_lm import CausalLM
+from litropy.recipes.causal_lm import CausalLM, next_token_targets
+from litropy.recipes.target_rows import check_target_rows
 
 __all__ = ["check_parity"]
 
@@ -31,8 +32,11 @@ def check_parity(model: CausalLM, batch: Mapping[str, Tensor], max_tokens: int =
         parameter.
 
     Raises:
-        ValueError: if the two disagree by more than the rounding of the weights' precision explains.
+        ValueError: if the two disagree by more than the rounding of the weights' precision explains, or the batch's
+            ``target_rows`` are not those of its labels.
     """
+    if "target_rows" in batch:
+        check_target_rows(batch["target_rows"], next_token_targets(batch["labels"]))
     ids = batch["input_ids"]
     # every token is a target here: a prompt without targets would compare nothing
     piece = {"input_ids": ids[:1, :max_tokens], "labels": ids[:1, :max_tokens]}

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from litropy.recipes.prompts import PromptBatches
 from litropy.recipes.rlvr_samples import Sample
+from litropy.recipes.target_rows import target_rows
 
 __all__ = ["solution_batch"]
 
@@ -20,7 +21,8 @@ def solution_batch(samples: list[Sample], tokenizer: Any, device: torch.device) 
         device: where to put the tensors.
 
     Returns:
-        ``input_ids``, ``attention_mask`` and ``labels``, int64 [B, T].
+        ``input_ids``, ``attention_mask`` and ``labels``, int64 [B, T], and ``target_rows`` [n] where many positions
+        have no target.
 
     Raises:
         ValueError: naming a sample without a solution.
@@ -42,4 +44,8 @@ def solution_batch(samples: list[Sample], tokenizer: Any, device: torch.device) 
         ids[place, : len(row)] = torch.tensor(row)
         mask[place, : len(row)] = 1
         labels[place, len(prompt) : len(row)] = torch.tensor(row[len(prompt) :])
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    wanted = target_rows(labels.numpy())
+    if wanted is not None:
+        batch["target_rows"] = torch.from_numpy(wanted)
+    return {name: value.to(device) for name, value in batch.items()}

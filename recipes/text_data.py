@@ -30,7 +30,8 @@ class TextDataModule(LightningDataModule):
     """Text for a language model, tokenized once and packed into windows of fixed length.
 
     Records may be plain text, conversations (``messages``) or ``prompt`` and ``completion``; of the last two only the
-    answers are learnt. Batches hold ``input_ids``, ``labels`` and ``position_ids`` [B, T].
+    answers are learnt. Batches hold ``input_ids``, ``labels`` and ``position_ids`` [B, T], and ``target_rows`` [n]
+    where many positions have no target.
 
     Args:
         source: what to train on: stdlib (the Python standard library's own source), stdlib_docstrings (prompts and

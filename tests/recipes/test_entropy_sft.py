@@ -57,7 +57,7 @@ def test_ranks_choose_together(monkeypatch):
     generator = torch.Generator().manual_seed(1)
     parts = [torch.rand(2, 3, *shape, generator=generator) for shape in ((4,), (6,))]
     masks = [part[0] < 0.9 for part in parts]
-    surprise = [torch.where(m, p[0] - 0.5 * p[1], -torch.inf) for p, m in zip(parts, masks, strict=True)]
+    surprise = [torch.where(m, p[0] - 0.5 * p[1], -torch.inf).flatten() for p, m in zip(parts, masks, strict=True)]
     found = []
     for rank in range(2):
         monkeypatch.setattr(
