@@ -95,6 +95,8 @@ class RLVR(LanguageModel):
         gradient_checkpointing: recompute decoder layers in the backward pass, to save memory.
         warm_start_steps: optimiser steps of supervised learning from the samples' solutions, before RL.
         warm_start_learning_rate: their learning rate; None takes the other.
+        warm_start_label_smoothing: share of the solutions' probability that is spread over the vocabulary, from 0 to 1; it
+            leaves the policy an entropy to explore with.
         group_size: responses to each prompt.
         max_new_tokens: the most tokens of a response.
         mini_batch_size: prompts of an optimiser step, over all ranks; None takes all that were answered.
@@ -143,6 +145,7 @@ class RLVR(LanguageModel):
         gradient_checkpointing: bool = False,
         warm_start_steps: int = 0,
         warm_start_learning_rate: float | None = None,
+        warm_start_label_smoothing: float = 0.0,
         group_size: int = 8,
         max_new_tokens: int = 256,
         mini_batch_size: int | None = None,
@@ -179,6 +182,7 @@ class RLVR(LanguageModel):
             eps=eps,
             schedule=schedule,
             warmup_steps=warmup_steps,
+            label_smoothing=warm_start_label_smoothing,
             log_stats=False,
             gradient_checkpointing=gradient_checkpointing,
         )
@@ -273,7 +277,7 @@ class RLVR(LanguageModel):
         batch = solution_batch(samples, self.tokenizer, self.device)
         count = sum_over_ranks((batch["labels"] != -100).sum())
         with recomputing(self._built, self.gradient_checkpointing):
-            output = self._built(batch, num_items=count.clamp(min=1))
+            output = self._built(batch, num_items=count.clamp(min=1), **self.loss_options)
             self.manual_backward(output.loss)
         self._tokens = batch["input_ids"].numel()
         self._step()

@@ -434,6 +434,21 @@ def test_the_warm_start_learns_solutions_and_their_end():
     assert batch["attention_mask"].sum().item() == 13
 
 
+def test_the_warm_start_can_smooth_its_labels():
+    still = make(warm_start_steps=1, warm_start_label_smoothing=0.3, learning_rate=1e-12)
+    _, rows = fit(still, max_steps=1)
+    samples = next(iter(problems.Sums().train_dataloader()))
+    batch = solution_batch(samples, problems.tokenizer(), torch.device("cpu"))
+    logits = still.causal_lm(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], label_smoothing=0.3)
+    assert rows[0]["train/loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_smoothing_out_of_range_is_refused():
+    with pytest.raises(ValueError, match=r"`label_smoothing` is 1.5"):
+        make(warm_start_label_smoothing=1.5)
+
+
 # evaluation
 
 
