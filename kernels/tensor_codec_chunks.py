@@ -29,8 +29,8 @@ __all__ = ["RANS", "Plane", "decode_plane", "encode_plane", "pack_planes", "pack
 _WORDS, _PLANES = b"\x00", b"\x01"
 RAW, SAME, ZSTD, RANS = range(4)
 _ENTRY = struct.Struct("<BI")
-# of ``zstd``, and of what ``huffman`` cannot code: next to no search for matches, so that what remains is Huffman coding,
-# its tables made anew every 128 KiB
+# of ``zstd``, and of what ``huffman`` cannot code: next to no search for matches, so that Huffman coding remains,
+# with tables made anew every 128 KiB
 _LITERALS = {"window_log": 17, "hash_log": 6, "min_match": 7, "strategy": zstandard.STRATEGY_FAST}
 _MATCH_LEVEL = 3
 _threads = threading.local()
