@@ -89,6 +89,7 @@ BLOCKS: dict[str, Callable[[bool], str]] = {
     "survival": _one_table("survival", tables.survival),
     "attention_entropy": _one_table("attention_entropy", tables.attention_entropy),
     "monitor_cost": _one_table("monitor_cost", tables.monitor_cost),
+    "steering_overhead": _one_table("steering_overhead", tables.steering_overhead),
     "checkpoint": _one_table("checkpoint", checkpoint_tables.checkpoint),
     "compile_kernels": compile_kernels,
     "collapse": collapse,

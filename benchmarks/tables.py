@@ -148,6 +148,31 @@ def monitor_cost(record: Record) -> str:
     return f"{table(header, rows, texts=2)}\n\n{caption}"
 
 
+def steering_overhead(record: Record) -> str:
+    """What each steering method adds to a step of GRPO, the dearest first."""
+    rows = []
+    for result in sorted(record["results"], key=lambda result: -result["of_step"]):
+        of_update = result["of_update"]
+        rows.append(
+            [
+                f"`{result['name']}`",
+                result["reason"] or "",
+                f"{result['added_ms']:.1f}",
+                f"{result['error_ms']:.1f}",
+                f"{result['of_step']:.1%}",
+                "" if of_update is None else f"{of_update:.1%}",
+            ]
+        )
+    model = record["model"]
+    caption = (
+        f"{record['parameters'] / 1e6:.1f} M parameters, V = {model['vocab_size']:,}, fp32,"
+        f" {record['prompts'] * record['group_size']} responses of {record['length']} tokens, two optimiser steps;"
+        f" a step of GRPO takes {number(record['step_ms'])} ms, its update {number(record['update_ms'])} ms."
+    )
+    header = ["fragment", "takes by its nature", "added, ms", "standard error", "of a step", "of an update"]
+    return f"{table(header, rows, texts=2)}\n\n{caption}"
+
+
 def survival(record: Record) -> str:
     """The share of tiles that survive, for every order of the vocabulary and every tile."""
     cases, tolerances = record["cases"], record["tolerances"]
