@@ -1,7 +1,8 @@
 """curves.png: losses, entropy, learning rate, speed, and alarms of a run, drawn from its metrics.csv."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ _ALARM = "collapse/alarm"
 
 
 def plot_curves(rows: Rows, path: str | Path, title: str = "") -> None:
-    """Draw the curves of a run; of the monitors and the collapse detector, those that were there.
+    """Draw the curves of a run; of right answers, monitors and the collapse detector, those that were there.
 
     Args:
         rows: rows of a metrics file, as ``read_metrics`` gives them.
@@ -37,8 +38,10 @@ def plot_curves(rows: Rows, path: str | Path, title: str = "") -> None:
     # no pyplot: its global state would interfere with figures of the caller
     logged = {name for row in rows for name in row}
     by_layer = [prefix for prefix in _BY_LAYER if any(name.startswith(prefix) for name in logged)]
-    watched = [*by_layer, *([_ALARM] if _ALARM in logged else [])]
-    lines = 2 + (len(watched) + 1) // 2
+    answered, alarmed = bool(logged & {"reward/correct", "val/pass_at_1"}), _ALARM in logged
+    panels: list[Callable[[Any, Rows], None]] = [partial(_layers, prefix=prefix) for prefix in by_layer]
+    panels += [*[_answers] * answered, *[_alarms] * alarmed]
+    lines = 2 + (len(panels) + 1) // 2
     figure = Figure(figsize=(10, 3.25 * lines), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11)
@@ -57,11 +60,9 @@ def plot_curves(rows: Rows, path: str | Path, title: str = "") -> None:
     _line(speed, rows, "train/tokens_per_second", "", color="#8172b2")
     _finish(speed, "speed [tokens/s]")
     speed.set_ylim(bottom=0)
-    for axes, prefix in zip(others, by_layer, strict=False):
-        _layers(axes, rows, prefix)
-    if _ALARM in logged:
-        _alarms(others[len(by_layer)], rows)
-    for axes in others[len(watched) :]:
+    for axes, panel in zip(others, panels, strict=False):
+        panel(axes, rows)
+    for axes in others[len(panels) :]:
         axes.remove()
     for axes in (losses, *others[: len(by_layer)]):
         for step in learning_rate_cuts(rows):
@@ -92,6 +93,14 @@ def _layers(axes: Any, rows: Rows, prefix: str) -> None:
     _finish(axes, _BY_LAYER[prefix])
 
 
+def _answers(axes: Any, rows: Rows) -> None:
+    """Shares of right answers, where a policy learns from rewards."""
+    _line(axes, rows, "reward/correct", "train", color="#4c72b0", alpha=0.8)
+    _line(axes, rows, "val/pass_at_1", "held out", color="#c44e52", marker="o", markersize=3)
+    axes.set_ylim(-0.02, 1.02)
+    _finish(axes, "share of right answers")
+
+
 def _alarms(axes: Any, rows: Rows) -> None:
     """The level of alarms, and when remedies acted."""
     _line(axes, rows, _ALARM, "", color="#c44e52", drawstyle="steps-post")
@@ -119,7 +128,7 @@ def clips(rows: Rows) -> list[float]:
 
 
 def _finish(axes: Any, label: str) -> None:
-    axes.set_xlabel("optimiser step")
+    axes.set_xlabel("step")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

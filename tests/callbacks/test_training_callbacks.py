@@ -193,3 +193,5 @@ def test_curves_show_what_monitors_and_remedies_logged(tmp_path):
     wide = [row | {"representation/effective_rank/layer_0": 9.0} for row in rows]
     assert height(rows[:1]) == height(rows) == 1.5 * height([{"step": 0.0}])
     assert height(wide) == 2 * height([{"step": 0.0}])
+    assert height([row | {"val/pass_at_1": 0.5} for row in wide]) == height(wide)  # two lines of two
+    assert height([row | {"reward/correct": 0.5} for row in rows[:1]]) == height(wide)
