@@ -50,7 +50,7 @@ MODEL = {
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "max_position_embeddings": 512,
-    "initializer_range": 0.3,  # logits as sharp as those of a trained policy: some nats of entropy
+    "initializer_range": 0.4,  # sharp as a trained policy: an entropy of about 1.7 nats
 }
 TINY = MODEL | {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 # what a method takes by its nature, and its slot cannot spare

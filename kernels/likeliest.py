@@ -6,9 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["behind_the_likeliest", "likeliest"]
+__all__ = ["keep_the_likeliest", "likeliest"]
 
-_ENOUGH = 64
+_ENOUGH = 64  # entries that are looked at first
+_MORE = 8  # times as many are looked at where these do not do
 
 
 def likeliest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -38,31 +39,42 @@ def likeliest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return found.values, places.gather(1, found.indices)
 
 
-def behind_the_likeliest(z: Tensor, behind: Callable[[Tensor, Tensor], Tensor], whole: Tensor | None = None) -> Tensor:
-    """Which entries of each row of z [n, V] come behind a first part of the row in falling order, bool [n, V].
+def keep_the_likeliest(
+    z: Tensor,
+    behind: Callable[[Tensor, Tensor], Tensor],
+    whole: Tensor | None = None,
+    top: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Keep a first part of each row of z [n, V] in falling order, at least one entry, and put -inf for the others.
 
-    Rows are sorted only if the first part is longer than 64 entries; to know which, this waits for the device.
+    Looks at 64 entries, and at more of the rows whose first part is longer; to know which, this waits for the device.
 
     Args:
         z: the rows.
         behind: says of the greatest entries [m, k] in falling order, of the rows with these numbers [m], which are
             behind the first part: false, then true.
-        whole: rows of which nothing is behind, bool [n].
+        whole: rows that are kept as they are, bool [n].
+        top: what ``likeliest`` has found already.
 
     Example::
 
-        >>> behind_the_likeliest(torch.tensor([[1.0, 3.0, 2.0]]), lambda top, rows: top < 2.5)
-        tensor([[ True, False,  True]])
+        >>> keep_the_likeliest(torch.tensor([[1.0, 3.0, 2.0]]), lambda top, rows: top < 1.5)
+        tensor([[-inf, 3., 2.]])
     """
-    top, places = likeliest(z, _ENOUGH)
+    values, places = likeliest(z, _ENOUGH) if top is None else top
     rows = torch.arange(len(z), device=z.device)
-    is_behind = behind(top, rows)
-    found = torch.ones_like(z, dtype=torch.bool).scatter(1, places, is_behind)
-    if whole is not None:
-        found &= ~whole[:, None]
-    unknown = ~is_behind[:, -1] if whole is None else ~(is_behind[:, -1] | whole)
-    rows = unknown.nonzero()[:, 0]
-    if top.shape[1] < z.shape[1] and len(rows):
-        top, places = z[rows].sort(dim=1, descending=True, stable=True)
-        found[rows] = torch.ones_like(top, dtype=torch.bool).scatter(1, places, behind(top, rows))
-    return found
+    is_behind = _but_the_first(behind(values, rows))
+    kept = torch.full_like(z, -torch.inf).scatter_(1, places, values.masked_fill(is_behind, -torch.inf))
+    while values.shape[1] < z.shape[1]:
+        unknown = ~is_behind[:, -1]
+        rows = rows[unknown if whole is None else unknown & ~whole[rows]]
+        if not len(rows):
+            break
+        values, places = likeliest(z[rows], _MORE * values.shape[1])
+        is_behind = _but_the_first(behind(values, rows))
+        kept[rows] = kept[rows].scatter_(1, places, values.masked_fill(is_behind, -torch.inf))
+    return kept if whole is None else torch.where(whole[:, None], z, kept)
+
+
+def _but_the_first(behind: Tensor) -> Tensor:
+    return torch.cat([torch.zeros_like(behind[:, :1]), behind[:, 1:]], 1)

@@ -18,7 +18,8 @@ from litropy.kernels.linear_head_types import RowStats, Want
 
 __all__ = ["rank_rows"]
 
-_NUCLEUS = 32  # entries that are looked at before a row is sorted
+_NUCLEUS = 32  # entries that are looked at first
+_MORE = 8  # times as many are looked at where these do not do
 
 
 def rank_rows(
@@ -56,13 +57,15 @@ def _quick_nucleus(z: Tensor, lse: Tensor, want: Want) -> list[Tensor]:
     """``_nucleus`` from the likeliest entries alone, where it lies within them."""
     if z.device.type != "cpu":  # a GPU sorts fast, and which rows need it would have to be waited for
         return _nucleus(z, lse, want, None)
-    top, _ = likeliest(z, _NUCLEUS)
-    found = _nucleus(top, lse, want, None)
-    if top.shape[1] < z.shape[1]:
-        rows = (found[3] <= top[:, -1]).nonzero()[:, 0]
-        if len(rows):
-            for mine, whole in zip(found, _nucleus(z[rows], lse[rows], want, None), strict=True):
-                mine[rows] = whole
+    found = [torch.empty_like(lse) for _ in range(4)]
+    rows, count = torch.arange(len(z)), _NUCLEUS
+    while len(rows):
+        top, _ = likeliest(z if len(rows) == len(z) else z[rows], count)
+        part = _nucleus(top, lse[rows], want, None)
+        for whole, mine in zip(found, part, strict=True):
+            whole[rows] = mine
+        rows = rows[(part[3] <= top[:, -1]) & (top.shape[1] < z.shape[1])]
+        count *= _MORE
     return found
 
 

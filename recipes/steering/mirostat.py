@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from litropy.kernels.likeliest import behind_the_likeliest, likeliest
+from litropy.kernels.likeliest import keep_the_likeliest, likeliest
 from litropy.recipes.steering.sampler import Sampler, keep_at_least_one
 
 __all__ = ["Mirostat", "zipf_cutoff"]
@@ -36,7 +36,10 @@ def zipf_cutoff(logits: Tensor, bound: Tensor, vocabulary: int) -> Tensor:
 
     Reference: Mirostat (arXiv 2007.14966), algorithm 1.
     """
-    top, _ = likeliest(logits, _LIKELIEST + 1)
+    return _cutoff(likeliest(logits, _LIKELIEST + 1)[0], bound, vocabulary, logits.shape[-1])
+
+
+def _cutoff(top: Tensor, bound: Tensor, vocabulary: int, most: int) -> Tensor:
     rank = torch.arange(1, top.shape[-1], device=top.device, dtype=top.dtype)
     fall = top[:, :-1] - top[:, 1:]
     known = top[:, 1:] > -torch.inf
@@ -46,7 +49,7 @@ def zipf_cutoff(logits: Tensor, bound: Tensor, vocabulary: int) -> Tensor:
     excess = exponent - 1
     excess = torch.where(excess.abs() < 1e-4, 1e-4, excess)  # 0 / 0 at 0, where the limit is 1 / ln V
     log_scale = (excess / -torch.expm1(-excess * math.log(vocabulary))).log()
-    return ((log_scale + bound) / exponent).clamp(max=math.log(logits.shape[-1])).exp()
+    return ((log_scale + bound) / exponent).clamp(max=math.log(most)).exp()
 
 
 class Mirostat(Sampler):
@@ -94,13 +97,15 @@ class Mirostat(Sampler):
         if self.cutoff == "surprise":
             return keep_at_least_one(logits, -logits.log_softmax(-1) > self._bound[:, None])
         vocabulary = _RELEASED_VOCABULARY if self.released else logits.shape[-1]
-        count = zipf_cutoff(logits, self._bound, vocabulary).round().long() + int(self.released)
+        top = likeliest(logits, _LIKELIEST + 1)
+        cutoff = _cutoff(top[0], self._bound, vocabulary, logits.shape[-1])
+        count = cutoff.round().long() + int(self.released)
         whole = count >= logits.shape[-1]
 
         def behind(top: Tensor, rows: Tensor) -> Tensor:
             return torch.arange(top.shape[-1], device=top.device) >= count[rows, None]
 
-        return keep_at_least_one(logits, behind_the_likeliest(logits, behind, whole))
+        return keep_the_likeliest(logits, behind, whole, top)
 
     def observe(self, logprob: Tensor) -> None:
         """Move mu by how far the surprise was from the target."""

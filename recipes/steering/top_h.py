@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from litropy.kernels.likeliest import behind_the_likeliest
+from litropy.kernels.likeliest import keep_the_likeliest
 from litropy.recipes.steering.sampler import Sampler, keep_at_least_one
 
 __all__ = ["TopH"]
@@ -48,15 +48,19 @@ class TopH(Sampler):
             terms = _terms(top.log_softmax(-1))
             beyond = terms.cumsum(-1) > self.share * terms.sum(-1, keepdim=True)
             return keep_at_least_one(logits, torch.ones_like(logits, dtype=torch.bool).scatter(-1, places, beyond))
-        bound = self.share * _terms(logprob).sum(-1, keepdim=True)
+        bound = -self.share * torch.linalg.vecdot(logprob.exp(), _finite(logprob))[:, None]
 
         def behind(top: Tensor, rows: Tensor) -> Tensor:
             mass = top.exp().cumsum(-1)
             return mass.log() + _terms(top).cumsum(-1) / mass > bound[rows]
 
-        return keep_at_least_one(logits, behind_the_likeliest(logprob, behind))
+        return keep_the_likeliest(logprob, behind)
 
 
 def _terms(logprob: Tensor) -> Tensor:
     """``-p log p``, 0 where p is."""
-    return -logprob.exp() * logprob.clamp(min=torch.finfo(logprob.dtype).min)
+    return -logprob.exp() * _finite(logprob)
+
+
+def _finite(logprob: Tensor) -> Tensor:
+    return logprob.clamp(min=torch.finfo(logprob.dtype).min)

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from litropy.kernels.likeliest import behind_the_likeliest
-from litropy.recipes.steering.sampler import Sampler, keep_at_least_one
+from litropy.kernels.likeliest import keep_the_likeliest
+from litropy.recipes.steering.sampler import Sampler
 
 __all__ = ["TopP"]
 
@@ -30,7 +30,7 @@ class TopP(Sampler):
     def truncate(self, logits: Tensor) -> Tensor:
         """Drop what comes after the token at which the mass reaches ``top_p``."""
         logprob = logits.log_softmax(-1)
-        return keep_at_least_one(logits, behind_the_likeliest(logprob, self._behind))
+        return keep_the_likeliest(logprob, self._behind)
 
     def _behind(self, top: Tensor, rows: Tensor) -> Tensor:
         mass = top.exp()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from litropy.kernels.likeliest import behind_the_likeliest, likeliest
+from litropy.kernels.likeliest import keep_the_likeliest, likeliest
 from litropy.losses import linear_head_stats
 
 
@@ -40,10 +40,12 @@ def test_what_is_behind_is_found_however_long_the_first_part(width):
         mass = top.exp()
         return mass.cumsum(-1) - mass >= share[place, None]
 
-    found = behind_the_likeliest(logprob, behind, whole)
-    for row, kept in enumerate(~found):
+    found = keep_the_likeliest(logprob, behind, whole)
+    assert torch.equal(found[5], logprob[5])
+    for row, kept in enumerate(found > -torch.inf):
         ordered = logprob[row].exp().sort(descending=True).values
         count = int((ordered.cumsum(0) - ordered < share[row]).sum()) if row != 5 else width
+        count = min(count, int((logprob[row] > -torch.inf).sum()))
         assert int(kept.sum()) == count
         assert torch.equal(logprob[row][kept].exp().sort(descending=True).values, ordered[:count])
 
