@@ -34,6 +34,7 @@ CASES = {
     "clip_cov": lambda: {"masks": [s.ClipCov(0.1, 0.05, 5.0)], "aggregation": s.TokenMean()},
     "pear": lambda: {"shaping": [s.PEAR([5])]},
     "ares_reward": lambda: {"shaping": [s.ARESReward(2, 0.5, 0.5)]},
+    "ares_reward_released": lambda: {"shaping": [s.ARESReward(2, 0.5, released=True, triggers=[3, 5, 8, 9])]},
     "bucket_kl": lambda: {"penalties": [s.BucketKL(0.2, 0.1, 0.05, rate=5.0, width=2, quantile=0.5)]},
     "bucket_kl_released": lambda: {"penalties": [s.BucketKL(0.2, 0.1, 0.05, rate=5.0, released=True)]},
     "siren": lambda: {"regularisers": [s.SIREN(0.1, 0.6, 0.5)]},

@@ -257,6 +257,56 @@ def test_ares_reward(rollouts):
     assert changed
 
 
+def test_ares_reward_as_released(rollouts):
+    """The published code, written down for one response after the other."""
+    triggers, width, quantile = [3, 5, 8, 9], 2, 0.6
+    argmax = torch.randint(3, 12, rollouts.mask.shape, generator=torch.Generator().manual_seed(2))
+    base = with_difficulties(rollouts)
+    batches = [
+        replace(base, stats=HeadStats(entropy=base.stats.entropy.roll(k, 0) * base.mask, argmax=argmax.roll(k, 1)))
+        for k in (0, 5, 3)
+    ]
+    method = s.ARESReward(width, quantile, released=True, triggers=triggers)
+    threshold, average, alpha, kinds = -1.0, None, [0.5, 0.5, 0.5], set()
+    for step, batch in enumerate(batches):
+        counts, quantiles = [], []
+        for row, length in enumerate(batch.lengths.tolist()):
+            h, tokens = batch.stats.entropy[row, :length].tolist(), batch.stats.argmax[row, :length].tolist()
+            means = [np.mean(h[i + 1 : i + 1 + width]) if i + width < length else None for i in range(length)]
+            behind = [m for token, m in zip(tokens, means, strict=True) if token in triggers and m is not None]
+            counts.append(sum(m >= threshold for m in behind))
+            filled = []
+            for i, mean in enumerate(means):
+                filled.append(mean if mean is not None else np.mean(filled) if filled else h[i])
+            quantiles.append(np.quantile(filled, quantile) if filled else 0.0)
+        middle = float(np.median(quantiles))
+        average = threshold = middle if average is None else 0.99 * average + 0.01 * middle
+        bucket, target = np.array(buckets(batch)), {}
+        for d in range(3):
+            mean = np.array(counts)[bucket == d].mean()
+            target[d] = round(mean)
+            alpha[d] = min(2, max(0, alpha[d] + 0.05 * (mean - target[d]) * (1, 1, -1)[d]))
+        if step == 1:  # a resumed run goes on alike
+            state, method = method.state_dict(), s.ARESReward(width, quantile, released=True, triggers=triggers)
+            method.load_state_dict(state)
+        found = method.shape(batch)
+        for row, d in enumerate(bucket):
+            delta, margin = counts[row] - target[d], max(1, (0.15, 0.25, 0.35)[d] * max(1, target[d]))
+            kappa, temperature, cap = (2, 3, 4)[d], (2, 2.5, 3)[d], alpha[d] * (1, 1, 1.2)[d]
+            size = (max(0, delta - margin), max(0, abs(delta) - margin), max(0, -delta - margin))[d]
+            huber = size**2 / (2 * kappa) if size <= kappa else size - kappa / 2
+            if not batch.correct[row]:
+                gain = cap * (0.6, 0.8, 1)[d] / (1 + math.exp(-max(0, delta - margin) / temperature))
+            elif d == 2 and delta >= -margin:
+                gain = cap / (1 + math.exp(-(delta + margin) / temperature))
+            else:
+                gain = -cap * min(1, huber / (margin + kappa) * (0.5 if d == 2 else 1))
+            assert float(found[row]) == pytest.approx(float(batch.reward[row]) + gain, abs=1e-12)
+            kinds.add((int(d), bool(batch.correct[row]), size > 0))
+    assert {kind[:2] for kind in kinds} == {(d, right) for d in range(3) for right in (False, True)}
+    assert any(kind[2] for kind in kinds)
+
+
 @pytest.mark.parametrize("released", [False, True])
 def test_bucket_kl(rollouts, released):
     rollouts = with_difficulties(rollouts)
@@ -316,6 +366,8 @@ def test_recovered_samples_are_used_once_and_first():
         (lambda: s.PEAR([5], score=2.0), "`score`"),
         (lambda: s.ARESReward(width=0), "`width`"),
         (lambda: s.ARESReward(decay=1.0), "`decay`"),
+        (lambda: s.ARESReward(released=True), "`triggers` is None"),
+        (lambda: s.ARESReward(triggers=[5]), "`released` is False"),
         (lambda: s.BucketKL(relief=2.0), "`relief`"),
         (lambda: s.BucketKL(quantile=1.0), "`quantile`"),
     ],
