@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
-__all__ = ["ResumableLoader", "eval_batches", "shuffled_batches"]
+__all__ = ["ResumableLoader", "eval_batches", "position_of", "rank_of", "shuffled_batches"]
 
 Batch = dict[str, torch.Tensor]
 
@@ -72,6 +72,21 @@ class BatchDataset(Protocol):
     def __getitem__(self, rows: np.ndarray) -> Batch:
         """Make a batch."""
         ...
+
+
+def rank_of(trainer: Any) -> tuple[int, int]:
+    """Which share of the data this process has, of how many; the first of one without a trainer."""
+    # the trainer knows which ranks see the same data, as under tensor parallelism
+    options = (trainer.distributed_sampler_kwargs if trainer else None) or {}
+    return options.get("rank", 0), options.get("num_replicas", 1)
+
+
+def position_of(trainer: Any) -> tuple[int, int]:
+    """The epoch that a trainer is in, and how many of its batches it has taken."""
+    if trainer is None:
+        return 0, 0
+    done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    return 0 if getattr(trainer, "overfit_batches", 0) else trainer.current_epoch, done
 
 
 class ResumableLoader:

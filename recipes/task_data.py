@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule
 
 from litropy.recipes.cache_folder import cache_key
 from litropy.recipes.character_tokenizer import character_tokenizer
-from litropy.recipes.resumable_loader import ResumableLoader, eval_batches, shuffled_batches
+from litropy.recipes.resumable_loader import ResumableLoader, eval_batches, position_of, rank_of, shuffled_batches
 from litropy.recipes.rlvr_samples import Reward, Sample
 from litropy.recipes.tasks.answer_format import AnswerFormat
 from litropy.recipes.tasks.arithmetic import Arithmetic
@@ -195,7 +195,7 @@ class TaskDataModule(LightningDataModule):
             ValueError: if there are fewer problems than a batch takes.
         """
         problems = self._problems["train"]
-        rank, ranks = self._rank()
+        rank, ranks = rank_of(self.trainer)
         if len(problems) < self.batch_size * ranks:
             raise ValueError(
                 f"There are {len(problems)} problems to train on, and a batch on {ranks} device(s) takes"
@@ -207,7 +207,9 @@ class TaskDataModule(LightningDataModule):
             "seed": self.seed,
         }
         order = partial(shuffled_batches, len(problems), self.batch_size, rank, ranks, self.seed)
-        return ResumableLoader(self._batches("train"), order, self._position, self.num_workers, identity)
+        return ResumableLoader(
+            self._batches("train"), order, lambda: position_of(self.trainer), self.num_workers, identity
+        )
 
     def val_dataloader(self) -> ResumableLoader:
         """Held-out samples, each once; without the few that do not divide evenly, so that no rank waits for others.
@@ -215,7 +217,7 @@ class TaskDataModule(LightningDataModule):
         Raises:
             ValueError: if there are fewer problems than ranks.
         """
-        rank, ranks = self._rank()
+        rank, ranks = rank_of(self.trainer)
         count = len(self._problems["val"]) // ranks * ranks
         if not count:
             raise ValueError(
@@ -231,17 +233,6 @@ class TaskDataModule(LightningDataModule):
 
     def _batches(self, name: str) -> Any:
         return _Batches(self.samples(name))
-
-    def _rank(self) -> tuple[int, int]:
-        # the trainer knows which ranks see the same data, as under tensor parallelism
-        options = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
-        return options.get("rank", 0), options.get("num_replicas", 1)
-
-    def _position(self) -> tuple[int, int]:
-        if self.trainer is None:
-            return 0, 0
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        return 0 if getattr(self.trainer, "overfit_batches", 0) else self.trainer.current_epoch, done
 
 
 class Samples:

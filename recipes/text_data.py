@@ -15,7 +15,7 @@ from torch import Tensor
 from litropy.recipes.cache_folder import cache_key, cached_folder
 from litropy.recipes.packing import Windows, best_fit, concatenate, gather, one_per_window
 from litropy.recipes.prompts import PromptBatches, read_prompts
-from litropy.recipes.resumable_loader import ResumableLoader, eval_batches, shuffled_batches
+from litropy.recipes.resumable_loader import ResumableLoader, eval_batches, position_of, rank_of, shuffled_batches
 from litropy.recipes.stream_loader import StreamLoader
 from litropy.recipes.text_records import Kind, document_text
 from litropy.recipes.text_selection import TextSelection
@@ -198,7 +198,7 @@ class TextDataModule(LightningDataModule):
         if self.selection.streaming:
             return self._stream_loader()
         windows = self._windows_of("train")
-        rank, ranks = self._rank()
+        rank, ranks = rank_of(self.trainer)
         if len(windows) < self.batch_size * ranks:
             tokens = int(windows.size.sum())
             raise ValueError(
@@ -214,7 +214,7 @@ class TextDataModule(LightningDataModule):
             "seed": self.seed,
         }
         order = partial(shuffled_batches, len(windows), self.batch_size, rank, ranks, self.seed)
-        return self._loader("train", order, self._position, identity)
+        return self._loader("train", order, lambda: position_of(self.trainer), identity)
 
     def val_dataloader(self) -> ResumableLoader | list[Any]:
         """Held-out windows, each once; nothing if ``val_fraction`` is 0."""
@@ -233,14 +233,14 @@ class TextDataModule(LightningDataModule):
         prompts = [*self.prompts, *(read_prompts(Path(self.prompts_file)) if self.prompts_file else [])]
         if not prompts:
             raise ValueError("There is nothing to continue; set `prompts` to some text, or `prompts_file` to a file.")
-        batches = eval_batches(len(prompts), self.batch_size, *self._rank())
+        batches = eval_batches(len(prompts), self.batch_size, *rank_of(self.trainer))
         return ResumableLoader(PromptBatches(prompts, self.tokenizer), lambda epoch: batches)
 
     def _eval_loader(self, name: str) -> ResumableLoader | list[Any]:
         windows = self._windows_of(name)
         if not len(windows):
             return []
-        batches = eval_batches(len(windows), self.batch_size, *self._rank())
+        batches = eval_batches(len(windows), self.batch_size, *rank_of(self.trainer))
         return self._loader(name, lambda epoch: batches)
 
     def _loader(self, name: str, order: Callable[[int], Any], *options: Any) -> ResumableLoader:
@@ -252,7 +252,7 @@ class TextDataModule(LightningDataModule):
     def _stream_loader(self) -> StreamLoader:
         from datasets.distributed import split_dataset_by_node
 
-        rank, ranks = self._rank()
+        rank, ranks = rank_of(self.trainer)
         kind = self._corpora["train"].kind
         stream = PackedStream(
             stream=split_dataset_by_node(self.selection.stream(), rank, ranks),
@@ -298,17 +298,6 @@ class TextDataModule(LightningDataModule):
                 )
             self._windows[name] = windows
         return self._windows[name]
-
-    def _rank(self) -> tuple[int, int]:
-        # the trainer knows which ranks see the same data, as under tensor parallelism
-        options = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
-        return options.get("rank", 0), options.get("num_replicas", 1)
-
-    def _position(self) -> tuple[int, int]:
-        if self.trainer is None:
-            return 0, 0
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        return 0 if getattr(self.trainer, "overfit_batches", 0) else self.trainer.current_epoch, done
 
 
 class _Batches:

@@ -1,7 +1,7 @@
 """The slots that a policy update is made of; a method is a small class that fills one.
 
 To add a method: one file here with a subclass of a slot, one line in ``__init__.py`` beside it, and one line in
-``tests/recipes/steering_cases.py``. What a method reads from the model beyond log-probability and entropy, it names in
+``tests/helpers/steering_cases.py``. What a method reads from the model beyond log-probability and entropy, it names in
 ``statistics``; what it remembers, it returns from ``state_dict``. A method sees the mini-batch of all ranks at once, so
 that nothing it chooses depends on micro-batches or ranks.
 """
