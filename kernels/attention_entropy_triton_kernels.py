@@ -11,20 +11,12 @@ S shares of the keys; r and j are the rows and keys of a tile.
 import triton
 import triton.language as tl
 
+from litropy.kernels.tanh_kernels import tanh
+
 __all__ = ["attention_gradient_kernel", "attention_statistics_kernel"]
 
 # exp of this is 0; in place of -inf, whose product with that 0 would be NaN
 _NO_PROBABILITY = tl.constexpr(-1e4)
-
-
-@triton.jit
-def _tanh(x):
-    """Hyperbolic tangent to float32 rounding: a series near 0, where the quotient would cancel."""
-    a = tl.abs(x)
-    e = tl.exp(-2.0 * a)
-    x2 = x * x
-    series = x * (1.0 + x2 * (-1.0 / 3 + x2 * (2.0 / 15 + x2 * (-17.0 / 315 + x2 * (62.0 / 2835)))))
-    return tl.where(a < 0.25, series, tl.where(x < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e))
 
 
 @triton.jit
@@ -84,7 +76,7 @@ def _tile(
     raw *= scale
     z, slope_of_z = raw, tl.zeros_like(raw) + 1.0
     if HAS_SOFTCAP:
-        capped = _tanh(raw / softcap)
+        capped = tanh(raw / softcap)
         slope_of_z = 1.0 - capped * capped
         z = capped * softcap
     r, key = first_r.to(tl.int32) + in_block, first_j.to(tl.int32) + in_tile

@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from litropy.kernels.attention_entropy_triton_kernels import attention_gradient_kernel, attention_statistics_kernel
+from litropy.kernels.linear_head_distillation_kernels import distillation_kernel
 from litropy.kernels.linear_head_ranking_kernels import ranking_kernel
 from litropy.kernels.linear_head_sparse_kernels import input_gradient_kernel, weight_gradient_kernel
 from litropy.kernels.linear_head_triton_kernels import block_kernel, gradient_kernel, statistics_kernel
@@ -51,6 +52,7 @@ KERNELS: dict[Any, tuple[str, ...]] = {
     gradient_kernel: ("input", "weight", "low_rank", "bias_ptr", "dz_ptr"),
     block_kernel: ("logits_ptr",),
     ranking_kernel: (),
+    distillation_kernel: ("logits_ptr", "teacher_logits_ptr"),
     input_gradient_kernel: ("dz_ptr", "weight_ptr"),
     weight_gradient_kernel: ("out_ptr", "bias_ptr", "dz_ptr", "input_ptr"),
     attention_statistics_kernel: ("q_ptr", "k_ptr", "bias_ptr"),
@@ -71,14 +73,17 @@ _INTEGERS |= dict.fromkeys(
 )
 _INTEGERS |= {"output_ptr": "*i64", "words_at_ptr": "*i64", "words_ptr": "*i16", "decoded_ptr": "*u8"}
 _INTEGERS |= {"intact_ptr": "*u8", "planes_ptr": "*u8", "others_ptr": "*u32", "merged_ptr": "*u32"}
-_NUMBERS = ("scale", "hiding_bias", "softcap", "inv_temperature", "label_smoothing", "z_loss", "top_p")
+_NUMBERS = (
+    "scale", "hiding_bias", "softcap", "inv_temperature", "label_smoothing", "z_loss", "top_p", "teacher_softcap",
+    "teacher_inv_temperature", "beta", "log_beta", "log_rest",
+)  # fmt: skip
 # what is 1 in practice, which Triton specialises on at run time as well
 _UNIT_STRIDES = ("stride_d", "stride_w", "stride_qd", "stride_kd", "stride_mask_k", "stride_bias_k")
 # multiples of 16 in practice, beside pointers
 _ALIGNED = (
-    "D", "V", "first", "stride_dz", "stride_n", "stride_v", "stride_low_rank", "stride_out", "stride_logits", "Tk",
-    "stride_da", "stride_qb", "stride_qh", "stride_qr", "stride_kb", "stride_kh", "stride_kt", "stride_mask_q",
-    "stride_bias_q",
+    "D", "V", "first", "stride_dz", "stride_n", "stride_v", "stride_low_rank", "stride_out", "stride_logits",
+    "stride_teacher", "Tk", "stride_da", "stride_qb", "stride_qh", "stride_qr", "stride_kb", "stride_kh", "stride_kt",
+    "stride_mask_q", "stride_bias_q",
 )  # fmt: skip
 _MATRIX_INSTRUCTION = re.compile(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma")
 
@@ -130,12 +135,12 @@ def compile_kernel(kernel: Any, dtype: torch.dtype, target: str, all_options: bo
     tile = tile_config(dtype, gpu.backend, tma, heavy=tiled and all_options)
     if kernel in _ATTENTION:
         tile = attention_tile_config(dtype, _HEAD_WIDTH)
-    row_blocks = {block_kernel: 4096, ranking_kernel: 2048}
+    row_blocks = {block_kernel: 4096, ranking_kernel: 2048, distillation_kernel: 2048}
     blocks: dict[str, int | bool] = {"BLOCK_N": tile.block_n, "BLOCK_V": row_blocks.get(kernel, tile.block_v)}
     blocks |= {"BLOCK_D": tile.block_d, "BLOCK_W": 64, "BLOCK_K": 16, "UPCAST": False, "TMA": tma}
     blocks |= {"BLOCK_R": tile.block_n, "BLOCK_T": tile.block_v, "WIDTH": _HEAD_WIDTH}
     blocks |= {"ROWS": SEGMENTS_PER_PROGRAM, "BUCKETS": 256 if all_options else 32}
-    blocks |= {"PLANES": 4, "KIND": 2, "BLOCK": PLANE_BLOCK}
+    blocks |= {"PLANES": 4, "KIND": 2, "BLOCK": PLANE_BLOCK, "DIVERGENCE": 2 if all_options else 0}
     types, constants = _arguments(kernel, dtype, blocks, all_options)
     aligned = {
         (position,): [["tt.divisibility", 16]]

@@ -28,7 +28,7 @@ from litropy.kernels.linear_head_tiles import (
 from litropy.kernels.linear_head_torch import add_target_gradient_, add_tile
 from litropy.kernels.linear_head_types import Gradients, Head, RowStats, Want, loss_cotangents
 
-__all__ = ["BlockGradient", "RowLoss", "fused_gradients", "pays", "rows_that_fit"]
+__all__ = ["BlockGradient", "RowLoss", "accumulator", "add_product", "fused_gradients", "pays", "rows_that_fit"]
 
 # fewer rows than this leave the matrix products bound by the traffic of the weight
 _MIN_ROWS = {"cpu": 32, "cuda": 1024}
@@ -124,7 +124,7 @@ def fused_gradients(
     work = Workspace(head, n_max, V, budget)
     num_blocks = -(-len(rows) // n_max)
     sum_bias = None if gradients.bias is None else torch.zeros_like(gradients.bias, dtype=head.stats_dtype)
-    sums = [(columns, out, _accumulator(out, head, num_blocks)) for columns, out in gradients.factors(head)]
+    sums = [(columns, out, accumulator(out, head, num_blocks)) for columns, out in gradients.factors(head)]
     stats = RowStats.zeros(input.shape[0], input, head.stats_dtype, True, want)
     first = True
     for index, hidden, block_target in rows.blocks(n_max):
@@ -144,7 +144,7 @@ def fused_gradients(
                     product.mul_(scale)
                 gradients.input[index, columns] = product.to(gradients.input.dtype)
         for columns, _, total in sums:
-            _add_product(total, tile.t(), hidden[:, columns], first)
+            add_product(total, tile.t(), hidden[:, columns], first)
         first = False
     for _, out, total in sums:
         if first:
@@ -156,14 +156,14 @@ def fused_gradients(
     return stats
 
 
-def _accumulator(out: Tensor, head: Head, num_blocks: int) -> Tensor:
+def accumulator(out: Tensor, head: Head, num_blocks: int) -> Tensor:
     """Where to sum up a matrix's gradient: in place if its dtype stands the roundings, else in float32."""
     if out.dtype == head.stats_dtype or num_blocks <= _MAX_HALF_ROUNDINGS:
         return out
     return torch.empty_like(out, dtype=head.stats_dtype)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """``total += a @ b``; the first product overwrites, which saves filling a [V, D] tensor with zeros."""
     if total.dtype == a.dtype:
         total.addmm_(a, b, beta=0 if first else 1)

@@ -10,20 +10,12 @@ Shape key: N rows, D width, R width of a low-rank addition, V vocabulary, S shar
 import triton
 import triton.language as tl
 
+from litropy.kernels.tanh_kernels import tanh
+
 __all__ = ["block_kernel", "gradient_kernel", "statistics_kernel"]
 
 # exp of this is 0; in place of -inf, whose product with that 0 would be NaN
 _NO_PROBABILITY = tl.constexpr(-1e4)
-
-
-@triton.jit
-def _tanh(x):
-    """Hyperbolic tangent to float32 rounding: a series near 0, where the quotient would cancel."""
-    a = tl.abs(x)
-    e = tl.exp(-2.0 * a)
-    x2 = x * x
-    series = x * (1.0 + x2 * (-1.0 / 3 + x2 * (2.0 / 15 + x2 * (-17.0 / 315 + x2 * (62.0 / 2835)))))
-    return tl.where(a < 0.25, series, tl.where(x < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e))
 
 
 @triton.jit
@@ -60,7 +52,7 @@ def _final(z, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """Final logits [n, v] of raw ones with the inverse temperatures ``scale`` [n], and d final / d raw."""
     slope = tl.zeros_like(z) + scale[:, None]
     if HAS_SOFTCAP:
-        capped = _tanh(z / softcap)
+        capped = tanh(z / softcap)
         slope = slope * (1.0 - capped * capped)
         z = capped * softcap
     return z * scale[:, None], slope

@@ -1,9 +1,8 @@
 """Cross-entropy of a linear head whose logits are never stored."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, TypedDict, Unpack, overload
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -15,10 +14,9 @@ from litropy.losses.head_inputs import Impl, LowRank, prepare, resolve_impl
 from litropy.losses.head_passes import HeadPass, is_watched, show_pass, with_watched
 from litropy.losses.linear_head import HeadStats, check_stats, wanted
 from litropy.losses.modes import Mode, choose_mode
+from litropy.losses.row_weights import Reduction, check_reduction, row_weights
 
 __all__ = ["CutCrossEntropyLoss", "linear_cross_entropy"]
-
-Reduction = Literal["mean", "sum", "none"]
 
 
 class Options(TypedDict, total=False):
@@ -148,7 +146,7 @@ def linear_cross_entropy(
         group=vocab_parallel_group,
     )
     assert rows.target is not None
-    row_weight = _row_weights(rows.target, rows.class_weight, reduction, num_items, token_weight, rows.head.stats_dtype)
+    row_weight = row_weights(rows.target, rows.class_weight, reduction, num_items, token_weight, rows.head.stats_dtype)
     loss = RowLoss(row_weight, rows.class_weight, label_smoothing, z_loss)
     names = with_watched(return_stats)
     want = wanted(names, mean_logprob=label_smoothing > 0)
@@ -178,20 +176,13 @@ def _check(
     mode: str,
     memory_budget_mib: float,
 ) -> None:
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"`reduction` is {reduction!r}; choose 'mean', 'sum' or 'none'.")
+    check_reduction(reduction, num_items)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"`label_smoothing` is {label_smoothing}; it must be in [0, 1].")
     if not 0 <= skip_tol < 1:
         raise ValueError(f"`skip_tol` is {skip_tol}; it must be in [0, 1).")
     if mode not in ("auto", "fast", "lean"):
         raise ValueError(f"`mode` is {mode!r}; choose 'auto', 'fast' or 'lean'.")
-    if num_items is not None and reduction != "mean":
-        raise ValueError(
-            f"`num_items` replaces the denominator of the mean; it does nothing with reduction={reduction!r}."
-        )
-    if isinstance(num_items, Tensor) and (num_items.requires_grad or num_items.numel() != 1):
-        raise ValueError("`num_items` must be a number or a tensor of one element that requires no gradient.")
     if memory_budget_mib <= 0:
         raise ValueError(f"`memory_budget_mib` is {memory_budget_mib}; it must be positive.")
 
@@ -211,36 +202,6 @@ def _check_stats(names: Sequence[str], skip_tol: float) -> None:
                 "`return_stats` asks for rank and `skip_tol` is positive: the pass that ranks logits records no tiles"
                 " to skip. Leave one out, or take the rank from `linear_head_stats`."
             )
-
-
-def _row_weights(
-    labels: Tensor,
-    class_weight: Tensor | None,
-    reduction: Reduction,
-    num_items: float | Tensor | None,
-    token_weight: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Weight of each row in the reduced loss, [N]; the mean over no tokens is 0, not NaN."""
-    valid = (labels >= 0).to(dtype)
-    weights = valid
-    if token_weight is not None:
-        if token_weight.requires_grad:
-            raise ValueError("`token_weight` requires a gradient, but none flows to it; pass token_weight.detach().")
-        if token_weight.numel() != labels.numel():
-            raise ValueError(
-                f"`token_weight` is {tuple(token_weight.shape)}; it must be shaped like `target`,"
-                f" {labels.numel()} tokens."
-            )
-        weights = token_weight.reshape(-1).to(dtype).masked_fill(labels < 0, 0.0)
-    if reduction != "mean":
-        return weights
-    if num_items is None:
-        total = (valid if class_weight is None else valid * class_weight).sum()
-    else:
-        total = torch.as_tensor(num_items, dtype=dtype, device=labels.device).reshape(())
-    # not 0 / 0 at ignored tokens: a step without any token to learn from has num_items = 0
-    return (weights / total).masked_fill(labels < 0, 0.0)
 
 
 class CutCrossEntropyLoss(nn.Module):
