@@ -145,7 +145,7 @@ class Digits(Reward):
         return [RewardResult(float(sum(map(ord, r)) % 5), len(r) > 2, r) for r in responses]
 
 
-def scripted_run(module_class, data, strategy, ranks):
+def scripted_run(module_class, data, strategy, ranks, callbacks=(), **options):
     """Train with scripted responses; weights and the last metrics."""
     seed_everything(3, verbose=False)
     module = module_class(
@@ -154,7 +154,9 @@ def scripted_run(module_class, data, strategy, ranks):
         masks=[ForkingTokens(0.5)], penalties=[ReferenceKL(0.1)], aggregation=TokenMean(),
     )  # fmt: skip
     metrics = Metrics()
-    made = trainer(devices=ranks, strategy=strategy, callbacks=[metrics], limit_val_batches=0)
+    made = trainer(
+        devices=ranks, strategy=strategy, callbacks=[*callbacks, metrics], limit_val_batches=0, **options
+    )  # fmt: skip
     made.fit(module, datamodule=data)
     weights = {name: value.clone() for name, value in module.model.state_dict().items()}
     return {"weights": weights, "logged": metrics.rows[-1]}

@@ -113,12 +113,14 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_an_update_never_stores_logits():
+@pytest.mark.parametrize("name", ["bonus", "siren", "steer_exact"])
+def test_an_update_never_stores_logits(name):
     vocabulary, width = 5000, 31
     policy = problems.policy(vocab_size=vocabulary)
     rollouts = problems.rollouts(16, 8, width=width, vocabulary=vocabulary)
     logits = int(rollouts.mask.numel()) * vocabulary
-    methods = cases.methods("bonus")
+    methods = cases.methods(name)
+    rollouts = cases.near_policy(policy, rollouts, methods)
     with Largest() as largest:
         cases.gradients(policy, methods, rollouts, 128)
     assert policy.head.weight.numel() <= largest.elements
