@@ -46,6 +46,7 @@ def test_the_promised_configs_are_there():
         "quickstart/rlvr_cpu.yaml",
         "recipes/pretrain_qwen3_0p6b.yaml",
         "recipes/pretrain_qwen3_0p6b_fsdp2.yaml",
+        "recipes/rlvr_qwen2p5_1p5b.yaml",
         "debug/overfit.yaml",
         "debug/profile.yaml",
     }

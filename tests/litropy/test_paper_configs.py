@@ -53,6 +53,20 @@ def test_a_paper_is_built(name, tmp_path, monkeypatch):
         assert explain(built.model.methods, built.model.sampler, one_update) == []
 
 
+def test_the_recipe_for_one_gpu_is_built(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    built = build("recipes/rlvr_qwen2p5_1p5b.yaml")
+    assert isinstance(built.model, RLVR)
+    assert built.model.engine.max_rows == built.datamodule.batch_size * built.model.group_size == 256
+    assert (built.model.methods.clip.low, built.model.methods.clip.high) == (0.2, 0.28)
+    assert explain(built.model.methods, built.model.sampler, one_update=False) == []
+    words = overrides(packaged_configs()["recipes/rlvr_qwen2p5_1p5b.yaml"])
+    words = [word for each in words for word in each] + ["--config", "steering/skywork.yaml"]
+    steered = build("recipes/rlvr_qwen2p5_1p5b.yaml", words)
+    assert [type(regulariser).__name__ for regulariser in steered.model.methods.regularisers] == ["EntropyBonus"]
+    assert (steered.model.engine.max_rows, steered.model.micro_batch_size) == (128, 8)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_the_overrides_of_the_papers_are_understood(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

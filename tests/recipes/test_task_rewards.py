@@ -212,8 +212,18 @@ def test_malformed_problems_are_named(record, message):
         parse_problem(record, "file, line 3")
 
 
-def write_problems(tmp_path, count=40):
-    records = [{"question": f"What is {n}+1?", "answer": f"{n}+1\n#### {n + 1}"} for n in range(count)]
+def write_problems(tmp_path, style="gsm8k"):
+    records = [{"question": f"What is {n}+1?", "answer": f"{n}+1\n#### {n + 1}"} for n in range(40)]
+    if style == "math":
+        records = [
+            {
+                "problem": f"What is {n}+1?",
+                "level": "Level 1",
+                "type": "Algebra",
+                "solution": rf"It is $\boxed{{{n + 1}}}$.",
+            }
+            for n in range(40)
+        ]
     (tmp_path / "problems.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
     (tmp_path / "problems.json").write_text(json.dumps(records))
     import pyarrow
@@ -223,13 +233,14 @@ def write_problems(tmp_path, count=40):
     return records
 
 
-def test_files_and_datasets_give_the_same_problems(tmp_path):
-    write_problems(tmp_path)
+@pytest.mark.parametrize("style", ["gsm8k", "math"])
+def test_files_and_datasets_give_the_same_problems(tmp_path, style):
+    write_problems(tmp_path, style)
     found = [file_problems([str(tmp_path / f"problems.{suffix}")]) for suffix in ("jsonl", "json", "parquet")]
     (tmp_path / "folder").mkdir()
     (tmp_path / "problems.parquet").rename(tmp_path / "folder" / "train.parquet")
     found.append(dataset_problems(str(tmp_path / "folder"), None, "train"))
-    assert len(found[0]) == 40
+    assert [problem["answer"] for problem in found[0]] == [str(n + 1) for n in range(40)]
     assert all(problems == found[0] for problems in found)
 
 
