@@ -134,10 +134,8 @@ def encode_chunk(values: Tensor, plan: TensorPlan, *, base: Tensor | None = None
         x, transform(plan.layout.dtype, plan.layout.delta), None if others is None else words(others), scratch_planes(x)
     )
     segment = LONG_SEGMENT if plan.layout.delta else SEGMENT
-    payload = pack_planes(
-        [encode_plane(plane, coder, segment) for plane, coder in zip(planes, plan.coders, strict=True)]
-    )
-    return payload if len(payload) <= x.nbytes else pack_words(x)
+    coded = (encode_plane(plane, coder, segment) for plane, coder in zip(planes, plan.coders, strict=True))
+    return pack_planes(coded, len(plan.coders), x.nbytes) or pack_words(x)
 
 
 def encode_chunks(tensor: Tensor, plan: TensorPlan, *, base: Base = None, threads: int = 1) -> Iterator[bytes]:

@@ -10,10 +10,12 @@ A payload begins with a byte that says which; all numbers are little-endian:
     1 same    [1], n times
     2 zstd    one Zstandard frame that says its content size, n, and needs no dictionary
     3 rans    a stream of ``rans_stream``
+    4 groups  u32 bytes, a Zstandard frame of so many: an offset for each 128 symbols; one of the symbols less those
 """
 
 import struct
 import threading
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -21,14 +23,16 @@ import zstandard
 from numpy.typing import NDArray
 
 from litropy.kernels.rans_stream import encode_rans, parse_stream
+from litropy.kernels.tensor_codec_groups import GROUP, add_offsets, subtract_offsets
 from litropy.kernels.tensor_codec_layout import SEGMENT, Buffer, Coder
 from litropy.kernels.tensor_codec_planes import Bytes, Words, numba_loops
 
 __all__ = ["RANS", "Plane", "decode_plane", "encode_plane", "pack_planes", "pack_words", "parse_payload", "zstd_bytes"]
 
 _WORDS, _PLANES = b"\x00", b"\x01"
-RAW, SAME, ZSTD, RANS = range(4)
+RAW, SAME, ZSTD, RANS, GROUPS = range(5)
 _ENTRY = struct.Struct("<BI")
+_SIZE = struct.Struct("<I")
 # of ``zstd``, and of what ``huffman`` cannot code: next to no search for matches, so that Huffman coding remains,
 # with tables made anew every 128 KiB
 _LITERALS = {"window_log": 17, "hash_log": 6, "min_match": 7, "strategy": zstandard.STRATEGY_FAST}
@@ -76,7 +80,14 @@ def encode_plane(plane: Bytes, coder: Coder, segment: int = SEGMENT) -> Plane:
     if plane[0] == plane[-1] and (plane == plane[0]).all():
         return Plane(SAME, plane[:1].data)
     if coder != "raw":
-        coded = Plane(RANS, encode_rans(plane, segment)) if coder == "rans" else Plane(ZSTD, _frame(plane, coder))
+        if coder == "rans":
+            coded = Plane(RANS, encode_rans(plane, segment))
+        elif coder == "groups":
+            offsets, rest = subtract_offsets(plane)
+            head = zstd_bytes(offsets, "zstd")
+            coded = Plane(GROUPS, b"".join([_SIZE.pack(len(head)), head, _frame(rest, "huffman")]))
+        else:
+            coded = Plane(ZSTD, _frame(plane, coder))
         if len(coded.data) < plane.size:
             return coded
     return Plane(RAW, plane.data)
@@ -87,10 +98,23 @@ def pack_words(words: Words) -> bytes:
     return b"".join([_WORDS, words.data])
 
 
-def pack_planes(planes: list[Plane]) -> bytes:
-    """A payload of coded planes."""
-    head = [_ENTRY.pack(plane.method, len(plane.data)) for plane in planes]
-    return b"".join([_PLANES, *head, *(plane.data for plane in planes)])
+def pack_planes(planes: Iterable[Plane], word_bytes: int, most: int) -> bytes | None:
+    """A payload of so many coded planes, or None if it had more than ``most`` bytes."""
+    # in memory that is kept, so that of each plane nothing stays between the payloads, which callers keep
+    if not hasattr(_threads, "payload") or _threads.payload.size < most:
+        _threads.payload = np.empty(most, np.uint8)
+    room: Bytes = _threads.payload
+    stop = 1 + word_bytes * _ENTRY.size
+    if stop > most:
+        return None
+    room[0] = _PLANES[0]
+    for k, plane in enumerate(planes):
+        start, stop = stop, stop + len(plane.data)
+        if stop > most:
+            return None
+        room[start:stop] = np.frombuffer(plane.data, np.uint8)
+        _ENTRY.pack_into(room.data, 1 + k * _ENTRY.size, plane.method, stop - start)
+    return room[:stop].tobytes()
 
 
 def parse_payload(payload: Buffer, count: int, word_bytes: int) -> memoryview | list[Plane]:
@@ -122,8 +146,8 @@ def parse_payload(payload: Buffer, count: int, word_bytes: int) -> memoryview | 
         if size > len(rest):
             raise ValueError(f"a plane of {size} bytes is listed where {len(rest)} are left")
         expected = {RAW: count, SAME: 1}.get(method, size)
-        if method > RANS or size != expected:
-            raise ValueError(f"a plane of method {method} has {size} bytes; methods are 0 to {RANS}, {count} symbols")
+        if method > GROUPS or size != expected:
+            raise ValueError(f"a plane of method {method} has {size} bytes; methods are 0 to {GROUPS}, {count} symbols")
         planes.append(Plane(method, rest[:size]))
         rest = rest[size:]
     if len(rest):
@@ -143,11 +167,21 @@ def decode_plane(plane: Plane, count: int) -> Bytes:
         return np.full(count, plane.data[0], np.uint8)
     if plane.method == ZSTD:
         return _decode_zstd(plane.data, count)
+    if plane.method == GROUPS:
+        return _decode_groups(memoryview(plane.data), count)
     from litropy.kernels.rans_numba import decode_stream
 
     out = np.empty(count, np.uint8)
     decode_stream(parse_stream(plane.data, count), out)
     return out
+
+
+def _decode_groups(data: memoryview, count: int) -> Bytes:
+    if len(data) < _SIZE.size or _SIZE.unpack(data[: _SIZE.size])[0] > len(data) - _SIZE.size:
+        raise ValueError(f"{len(data)} bytes cannot hold a frame of offsets and one of symbols")
+    stop = _SIZE.size + _SIZE.unpack(data[: _SIZE.size])[0]
+    offsets = _decode_zstd(data[_SIZE.size : stop], -(-count // GROUP))
+    return add_offsets(_decode_zstd(data[stop:], count), offsets)
 
 
 def _decode_zstd(data: Buffer, count: int) -> NDArray[np.uint8]:

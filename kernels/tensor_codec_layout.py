@@ -32,7 +32,7 @@ DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in _NAMES}
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 Codec = Literal["auto", "zstd", "rans", "raw"]
-Coder = Literal["raw", "huffman", "zstd", "zstd_match", "rans"]
+Coder = Literal["raw", "huffman", "zstd", "zstd_match", "groups", "rans"]
 Impl = Literal["auto", "numba", "torch", "triton"]
 # a whole tensor, or what gives the chunk of an index
 Base: TypeAlias = Tensor | Callable[[int], Tensor] | None

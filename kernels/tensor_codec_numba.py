@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-__all__ = ["histogram", "merge", "split"]
+__all__ = ["histogram", "merge", "split", "subtract"]
 
 # words between memory and the planes, which stay in the first cache
 _BLOCK = 2048
@@ -90,3 +90,17 @@ def histogram(symbols: Any) -> Any:
     for i in range(whole, symbols.size):
         counts[0, symbols[i]] += 1
     return counts.sum(0)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def subtract(symbols: Any, group: int, middle: int, offsets: Any, rest: Any) -> None:
+    """Each group's mean less ``middle``, modulo 256, to ``offsets``; the symbols less that to ``rest``."""
+    for k in range(offsets.size):
+        part, out = symbols[k * group : (k + 1) * group], rest[k * group : (k + 1) * group]
+        total = 0
+        for i in range(part.size):
+            total += part[i]
+        offset = (total + part.size // 2) // part.size - middle
+        offsets[k] = offset
+        for i in range(part.size):
+            out[i] = part[i] - offset

@@ -107,3 +107,48 @@ def test_much_memory_comes_in_large_pages_or_as_it_can(monkeypatch):
     assert len(asked) == 1
     monkeypatch.setattr(host_memory, "_madvise", lambda: None)
     assert host_memory.empty((2, 3 << 20), torch.uint8).shape == (2, 3 << 20)
+
+
+@pytest.mark.parametrize("size", [1, 127, 128, 129, 1000])
+def test_offsets_of_groups_come_back_and_numpy_agrees(size, monkeypatch):
+    from litropy.kernels import tensor_codec_groups as groups
+
+    plane = np.random.default_rng(size).integers(0, 256, size).astype(np.uint8)
+    offsets, rest = groups.subtract_offsets(plane)
+    np.testing.assert_array_equal(groups.add_offsets(rest, offsets), plane)
+    monkeypatch.setattr(groups, "numba_loops", lambda: None)
+    for got, expected in zip(groups.subtract_offsets(plane), (offsets, rest), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def scaled_rows(dtype):
+    """A moment of an embedding: rows of many scales."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.rand(3000, 1, generator=generator).mul(-12).exp2()
+    return (torch.randn(3000, 129, generator=generator) * scale).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_rows_of_many_scales_are_coded_against_their_own(dtype):
+    x = scaled_rows(dtype)
+    encoded = encode_tensor(x, codec="zstd")
+    assert plan_tensor(x, codec="zstd").coders[0] == "groups"
+    assert encoded.nbytes < encode_tensor(x, codec="rans").nbytes - 0.01 * x.nbytes
+    for impl in ("numba", "torch"):
+        assert torch.equal(decode_tensor(encoded, impl=impl).view(torch.uint8), x.view(torch.uint8))
+
+
+def test_damaged_groups_are_an_error():
+    from litropy.kernels.tensor_codec_chunks import GROUPS, Plane, decode_plane, encode_plane
+
+    plane = np.random.default_rng(0).geometric(0.5, 5000).astype(np.uint8)
+    method, data = encode_plane(plane, "groups")
+    assert method == GROUPS
+    np.testing.assert_array_equal(decode_plane(Plane(method, data), 5000), plane)
+    damaged = [data[:3], data[:50], data[:-1], b"\xff\xff\xff\xff" + data[4:], b"\0\0\0\0" + data[4:], data + b"\0"]
+    for bad in damaged:
+        with pytest.raises(ValueError, match="frame"):
+            decode_plane(Plane(method, bad), 5000)
+    for count in (4999, 5001, 10_000):
+        with pytest.raises(ValueError, match="frame"):
+            decode_plane(Plane(method, data), count)
