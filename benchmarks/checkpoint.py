@@ -1,19 +1,22 @@
 """How small checkpoints get, how fast, and in how much memory, against other packages in one run.
 
-    python benchmarks/checkpoint.py            # trains the CPU quickstart first; within an hour on two cores
+    python benchmarks/checkpoint.py            # trains two models first; a quarter of an hour on two cores
     python benchmarks/checkpoint.py --quick    # tiny tensors, in this process: does everything run?
 
-Every contender has a fresh process for each case and number of threads. Rates count bytes of the tensors; with one
+Every contender has a process of its own for each case and number of threads; differences, and contenders that take
+long, are measured with one thread. Rates count bytes of the tensors; with one
 thread they are of processor time, which neighbours on the machine do not lengthen, with more of time on the clock.
 Memory is the peak beyond what goes in and what comes out. What is decoded has to be the original, bit for bit.
 "Entropy" is that of the byte planes, each of each tensor by its own distribution: of the words, or of the differences.
+Saving in the background is timed as a training step sees it, and as copying the tensors takes alone.
 Whoever is not installed, or fails, is in the record with the reason.
 """
 
 import argparse
 import json
+import math
+import multiprocessing
 import subprocess
-import sys
 import tempfile
 import time
 import traceback
@@ -24,8 +27,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from checkpoint_codecs import CONTENDERS, PACKAGES, Contender, Tensors, named
-from checkpoint_sources import CACHE, Source, gaussian, published, quickstart
+from checkpoint_codecs import CONTENDERS, PACKAGES, Contender, Tensors
+from checkpoint_saving import saving
+from checkpoint_sources import CACHE, Source, finetuned, gaussian, published, quickstart
 from machine import describe, slug, version_of
 from measuring import MIB, watch_peak
 from safetensors.torch import load_file
@@ -34,6 +38,7 @@ from torch import Tensor
 from litropy.kernels.tensor_codec_planes import split_planes, transform, words
 
 RESULTS = Path(__file__).parent / "results"
+FORK = multiprocessing.get_context("fork")
 
 
 def plane_entropy(tensors: Tensors, base: Tensors | None = None) -> float:
@@ -80,7 +85,7 @@ def fastest(step: Callable[[], Any], rounds: int, patience: float, clock: Callab
     return max(min(seconds), 1e-9)
 
 
-def measure(contender: Contender, source: Source, threads: int, rounds: int, patience: float = 20) -> dict[str, Any]:
+def measure(contender: Contender, source: Source, threads: int, rounds: int, patience: float = 6) -> dict[str, Any]:
     """Ratio, rates and memory of one contender, in this process.
 
     Raises:
@@ -117,16 +122,29 @@ def measure(contender: Contender, source: Source, threads: int, rounds: int, pat
 
 
 def isolated(contender: Contender, source: Source, threads: int, rounds: int, limit: float) -> dict[str, Any]:
-    """The same in a fresh process, or the reason why there is no result."""
-    asked = {"name": contender.name, "source": source._asdict(), "threads": threads, "rounds": rounds}
-    command = [sys.executable, str(Path(__file__)), "--trial", json.dumps(asked, default=str)]
+    """The same in a process of its own, or the reason why there is no result."""
+    # forked from one that has imported everything: what all have in common is not waited for again and again
+    receive, send = FORK.Pipe(duplex=False)
+    child = FORK.Process(target=_answer, args=(send, contender, source, threads, rounds))
+    child.start()
+    send.close()
+    found = None
     try:
-        child = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return {"reason": f"took more than {limit:g} s"}
-    if child.returncode:
-        return {"reason": (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1][:200]}
-    return json.loads(child.stdout.splitlines()[-1])
+        if not receive.poll(limit):
+            return {"reason": f"took more than {limit:g} s"}
+        found = receive.recv()
+    except EOFError:
+        found = None
+    finally:
+        if found is None:
+            child.kill()
+        child.join()
+    return found or {"reason": f"exit code {child.exitcode}"}
+
+
+def _answer(send: Any, contender: Contender, source: Source, threads: int, rounds: int) -> None:
+    torch.set_num_threads(threads)
+    send.send(here(contender, source, threads, rounds, math.inf))
 
 
 def here(contender: Contender, source: Source, threads: int, rounds: int, limit: float) -> dict[str, Any]:
@@ -148,7 +166,7 @@ def run_case(source: Source, contenders: Iterable[Contender], threads: Sequence[
         if source.dtype not in contender.dtypes or (source.base is not None and not contender.deltas):
             continue
         for count in threads:
-            if count > contender.most_threads:
+            if count > (1 if source.base is not None else contender.most_threads):
                 continue
             found = trial(contender, source, count)
             case["not_run" if "reason" in found else "results"].append(
@@ -165,7 +183,12 @@ def run_case(source: Source, contenders: Iterable[Contender], threads: Sequence[
 def all_sources(folder: Path, cache: Path, missing: list[dict[str, str]]) -> Iterator[Source]:
     """Every source, one at a time; those that cannot be had are listed in ``missing``."""
     yield from gaussian(folder, 1 << 24)
-    for name, sources in (("MiniLM", published(folder)), ("quickstart", quickstart(cache))):
+    others = {
+        "MiniLM": published(folder),
+        "quickstart": quickstart(cache / "quickstart"),
+        "MiniLM, fine-tuned": finetuned(cache / "fine_tuned"),
+    }
+    for name, sources in others.items():
         try:
             yield from sources
         except (ImportError, subprocess.CalledProcessError) as error:
@@ -176,19 +199,16 @@ def main() -> None:
     """Measure, and write the JSON after each case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny Gaussian weights alone, in this process")
-    parser.add_argument("--rounds", type=int, default=5, help="the fastest of so many")
+    parser.add_argument("--rounds", type=int, default=3, help="the fastest of so many")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="chunks that are coded at once")
-    parser.add_argument("--limit", type=float, default=300, help="seconds that a contender may take in its process")
+    parser.add_argument("--limit", type=float, default=60, help="seconds that a contender may take in its process")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder where checkpoints are trained and kept")
     parser.add_argument("--contenders", nargs="+", choices=[one.name for one in CONTENDERS], help="only these")
     parser.add_argument("--output", type=Path, help="JSON file to write (default: results/checkpoint_<machine>.json)")
-    parser.add_argument("--trial", help=argparse.SUPPRESS)
+    parser.add_argument("--sources", nargs="+", help="only data whose name starts so")
     options = parser.parse_args()
-    if options.trial:
-        asked = json.loads(options.trial)
-        torch.set_num_threads(asked["threads"])
-        print(json.dumps(measure(named(asked["name"]), Source(**asked["source"]), asked["threads"], asked["rounds"])))
-        return
+    # forked processes must not find threads that are not theirs
+    torch.set_num_threads(1)
     machine = describe("cpu")
     machine["versions"] |= {package: version for package in PACKAGES if (version := version_of(package))}
     record: dict[str, Any] = {"benchmark": "checkpoint", "machine": machine, "cases": [], "missing": []}
@@ -201,8 +221,12 @@ def main() -> None:
         folder = Path(scratch)
         sources = gaussian(folder, 1 << 15) if options.quick else all_sources(folder, options.cache, record["missing"])
         for source in sources:
+            if options.sources and not source.data.startswith(tuple(options.sources)):
+                continue
             record["cases"].append(run_case(source, contenders, options.threads, trial))
             output.write_text(json.dumps(record, indent=1) + "\n")
+        record["saving"] = saving(1 << (16 if options.quick else 24), rounds)
+        print(record["saving"], flush=True)
         output.write_text(json.dumps(record, indent=1) + "\n")
     print(f"Wrote {output}")
 

@@ -226,8 +226,8 @@ CONTENDERS = (
     Contender("litropy, rans", _litropy("rans"), deltas=True),
     Contender("litropy, file", _litropy_file),
     Contender("zipnn", _zipnn, "zipnn", deltas=True),
-    Contender("z4ai", _z4ai, "z4ai", deltas=True),
-    Contender("bigsmall, file", _bigsmall, "bigsmall"),
+    Contender("z4ai", _z4ai, "z4ai", most_threads=1, deltas=True),
+    Contender("bigsmall, file", _bigsmall, "bigsmall", most_threads=1),
     Contender("dfloat11, encoder", _dfloat11, "dfloat11", most_threads=1, dtypes=("bfloat16",)),
     Contender("blosc2, zstd 1, shuffled", _blosc2, "blosc2"),
     Contender("zstd 3", _zstd),
@@ -237,8 +237,3 @@ CONTENDERS = (
 
 
 PACKAGES = (*(one.package for one in CONTENDERS if one.package), "zstandard", "safetensors", "numba")
-
-
-def named(name: str) -> Contender:
-    """The contender of a name."""
-    return next(contender for contender in CONTENDERS if contender.name == name)

