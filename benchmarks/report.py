@@ -15,6 +15,7 @@ from pathlib import Path
 
 import checkpoint_tables
 import collapse_tables
+import steering_tables
 import tables
 from tables import ROOT, SHORT_DTYPE, Record, headline, number, provenance, shape
 
@@ -82,6 +83,24 @@ def collapse(in_docs: bool) -> str:
     return "\n\n".join(parts) or _missing("collapse")
 
 
+def steering(in_docs: bool) -> str:
+    """What steering does on every machine: numbers, figure and tables."""
+    parts = []
+    for path, record in records("steering_methods"):
+        image = f"{'' if in_docs else 'docs/'}assets/{path.stem}.png"
+        parts.append(f"{steering_tables.steering(record, image)} {provenance(record, path, in_docs)}")
+    return "\n\n".join(parts) or _missing("steering")
+
+
+def checkpoint(in_docs: bool) -> str:
+    """Compressed checkpoints on every machine: figure and tables."""
+    parts = []
+    for path, record in records("checkpoint"):
+        image = f"{'' if in_docs else 'docs/'}assets/{path.stem}.png"
+        parts.append(f"{checkpoint_tables.checkpoint(record, image)}\n\n{provenance(record, path, in_docs)}")
+    return "\n\n".join(parts) or _missing("checkpoint")
+
+
 BLOCKS: dict[str, Callable[[bool], str]] = {
     "linear_head_summary": linear_head_summary,
     "linear_head": linear_head,
@@ -90,9 +109,10 @@ BLOCKS: dict[str, Callable[[bool], str]] = {
     "attention_entropy": _one_table("attention_entropy", tables.attention_entropy),
     "monitor_cost": _one_table("monitor_cost", tables.monitor_cost),
     "steering_overhead": _one_table("steering_overhead", tables.steering_overhead),
-    "checkpoint": _one_table("checkpoint", checkpoint_tables.checkpoint),
+    "checkpoint": checkpoint,
     "compile_kernels": compile_kernels,
     "collapse": collapse,
+    "steering": steering,
 }
 
 
@@ -159,8 +179,12 @@ def main() -> None:
         print(f"Wrote {path.relative_to(ROOT)}")
     for path, record in records("linear_head"):
         draw(path, record)
+    for path, record in records("checkpoint"):
+        checkpoint_tables.draw(ASSETS / f"{path.stem}.png", record)
     for path, record in records("collapse"):
         collapse_tables.draw(ASSETS / f"{path.stem}.png", record)
+    for path, record in records("steering_methods"):
+        steering_tables.draw(ASSETS / f"{path.stem}.png", record)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -46,7 +48,11 @@ def test_the_quick_form_measures_and_names_who_is_absent(script, tmp_path, monke
     assert ratios["litropy, zstd"] == pytest.approx(record["cases"][0]["entropy"], abs=0.02)
     assert ratios["safetensors"] == pytest.approx(1, abs=0.01)
     assert record["cases"][1]["entropy"] < 0.5 * record["cases"][0]["entropy"]
-    table = script("checkpoint_tables").checkpoint(record)
+    assert record["saving"]["bytes"] == 3 * 4 * (1 << 16)
+    assert record["saving"]["compressed_ms"] > 0
+    table = script("checkpoint_tables").checkpoint(record, "x.png")
+    assert "| compressed, in the background | " in table
+    assert "x.png" not in table, "nothing of this is in the figure"
     assert "**Gaussian, bf16, 0.1 MB; entropy of the words 65." in table
     assert "| litropy, zstd | 1 | 6" in table
     assert "- zipnn (all): `ModuleNotFoundError: import of zipnn halted" in table
@@ -69,8 +75,42 @@ def test_what_decodes_to_something_else_has_no_result(script, source):
 
 
 def test_a_trial_is_given_up_in_time(script, source):
-    found = script("checkpoint").isolated(script("checkpoint_codecs").named("safetensors"), source, 1, 1, 0.01)
-    assert found == {"reason": "took more than 0.01 s"}
+    found = script("checkpoint").isolated(contender_that(script, lambda: time.sleep(60)), source, 1, 1, 0.1)
+    assert found == {"reason": "took more than 0.1 s"}
+
+
+def test_a_trial_that_dies_has_a_reason(script, source):
+    found = script("checkpoint").isolated(contender_that(script, lambda: os._exit(3)), source, 1, 1, 60)
+    assert found == {"reason": "exit code 3"}
+
+
+def test_a_trial_has_a_process_of_its_own(script, source):
+    found = script("checkpoint").isolated(contender_that(script, lambda: None), source, 1, 1, 60)
+    assert found["ratio"] == pytest.approx(1, abs=0.05)
+
+
+def contender_that(script, act):
+    codecs = script("checkpoint_codecs")
+    plain = next(one for one in codecs.CONTENDERS if one.name == "safetensors")
+
+    def make(threads):
+        act()
+        return plain.make(threads)
+
+    return plain._replace(make=make)
+
+
+def test_the_figure_shows_size_and_rates(script, tmp_path):
+    tables = script("checkpoint_tables")
+    result = {"name": "litropy, zstd", "threads": 1, "ratio": 0.66, "encode_gb_per_s": 1.2, "decode_gb_per_s": 1.8}
+    case = {"data": "MiniLM", "dtype": "bfloat16", "apart": 0, "bytes": 10, "entropy": 0.66, "not_run": []}
+    case["results"] = [result, {**result, "name": "dfloat11, encoder", "decode_gb_per_s": None}]
+    record = {"machine": {"hardware": "a machine"}, "cases": [case], "missing": []}
+    tables.draw(tmp_path / "x.png", record)
+    assert (tmp_path / "x.png").stat().st_size > 5000
+    assert "![Size and rates of each contender](x.png)" in tables.checkpoint(record, "x.png")
+    tables.draw(tmp_path / "none.png", {**record, "cases": []})
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_entropy_of_differences_counts_what_changed(script):
