@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
@@ -22,7 +23,7 @@ from litropy.callbacks.compressed_checkpoint_loading import KIND, is_torch_file,
 from litropy.callbacks.compressed_checkpoint_removal import Removals
 from litropy.kernels.tensor_codec_layout import Codec
 
-__all__ = ["CompressedCheckpointIO", "refuse_sharded"]
+__all__ = ["CompressedCheckpointIO", "RefuseSharded", "refuse_sharded"]
 
 _SHARDING = (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)
 
@@ -232,6 +233,17 @@ def refuse_sharded(strategy: Strategy) -> None:
         plugin = plugin.checkpoint_io
     if isinstance(plugin, CompressedCheckpointIO) and isinstance(strategy, _SHARDING):
         raise ValueError(_sharded_error(type(strategy).__name__))
+
+
+class RefuseSharded(Callback):
+    """Refuse a strategy that writes shards past :class:`CompressedCheckpointIO`, before anything is trained.
+
+    Such a strategy never asks the plugin, so where litropy is installed Lightning adds this to every trainer.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Look at the strategy."""
+        refuse_sharded(trainer.strategy)
 
 
 def _sharded_error(what: str) -> str:

@@ -6,10 +6,13 @@ import os
 import pickle
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
@@ -17,6 +20,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Si
 from litropy.callbacks.checkpoint_format import open_file, save_file
 from litropy.callbacks.compressed_checkpoint_io import CompressedCheckpointIO, refuse_sharded
 from litropy.callbacks.compressed_checkpoint_loading import is_torch_file, load_from_checkpoint
+from litropy.trainer_callbacks import trainer_callbacks
 
 SCRIPT = Path(__file__).with_name("compressed_runs.py")
 # no package, so that no folder of tests hides one of ours
@@ -209,6 +213,37 @@ def test_sharding_strategies_are_refused(strategy, wrap):
     alone = SingleDeviceStrategy()
     alone.checkpoint_io = wrap(CompressedCheckpointIO())
     refuse_sharded(alone)
+
+
+@pytest.fixture
+def process_group():
+    """Removes what a trainer leaves."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_any_trainer_refuses_them_before_it_trains(tmp_path):
+    options = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "max_steps": 1}
+    plugins = [CompressedCheckpointIO()]
+    trainer = Trainer(
+        accelerator="cpu", devices=1, strategy=ModelParallelStrategy(1, 1), plugins=plugins,
+        default_root_dir=tmp_path, callbacks=trainer_callbacks(), **options,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"ModelParallelStrategy: a sharded checkpoint, .* with DDP"):
+        trainer.fit(BoringModel())
+
+
+def test_lightning_is_told_of_the_refusal():
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    found = tomllib.loads(text)["project"]["entry-points"]["lightning.pytorch.callbacks_factory"]
+    assert found == {"litropy": f"{trainer_callbacks.__module__}:{trainer_callbacks.__name__}"}
+
+
+def test_nothing_is_added_for_those_who_never_asked(monkeypatch):
+    monkeypatch.delitem(sys.modules, "litropy.callbacks.compressed_checkpoint_io")
+    assert trainer_callbacks() == []
 
 
 CASES = {

@@ -1,0 +1,1 @@
+../../litropy/trainer_callbacks.py
