@@ -57,6 +57,7 @@ TINY = MODEL | {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "
 REASONS = {
     "reference": "a forward pass of the reference model",
     "data": "more responses in place of those left out, which come on top: here nothing was left out",
+    "mirostat": "the k-th likeliest of all tokens, with k in the thousands",
 }
 
 
@@ -290,7 +291,7 @@ def evaluate(turns: Turns, modules: dict[str, RLVR], rounds: int) -> dict[str, A
                 extra.append(turns.steps[place] - (turns.steps[before] + turns.steps[after]) / 2)
         added = statistics.median(extra)
         error = 1.25 * statistics.stdev(extra) / math.sqrt(rounds)  # of a median: 1.25 times that of a mean
-        kind = "reference" if module.reference_kind != "none" else "data" if module.methods.data is not None else ""
+        kind = "reference" if module.reference_kind != "none" else "data" if module.methods.data is not None else name
         results.append(
             {
                 "name": name,

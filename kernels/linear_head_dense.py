@@ -5,7 +5,7 @@ Shape key: N rows, D width, V vocabulary; n is the number of rows in a block.
 
 from torch import Tensor
 
-from litropy.kernels.linear_head_ranking import rank_rows
+from litropy.kernels.linear_head_ranking import quick_nucleus, rank_rows
 from litropy.kernels.linear_head_sums import Sums, finish_sums, reduce_sums
 from litropy.kernels.linear_head_tiles import Rows, Workspace, cached_parts, final_logits_, raw_logits, tile_shape
 from litropy.kernels.linear_head_torch import add_tile
@@ -31,6 +31,9 @@ def dense_statistics(
     work = Workspace(head, n_max, V, budget, whole=group is not None)
     stats = RowStats.zeros(N, input, head.stats_dtype, target is not None, want)
     mean_total = 1.0 if head.mean_total is None else head.mean_total
+    # the nuclei of all rows of a block at a time, whose final logits stay where they are
+    later = bool(want.top_p) and group is None and not work.is_half and input.device.type == "cpu" and V > 0
+    ranked = want._replace(top_p=0.0) if later else want
     for index, hidden, block_target in rows.blocks(n_max):
         tile = raw_logits(hidden, head, slice(0, V), work)
         block, block_head = stats.of_rows(index), head.of_rows(index)
@@ -45,9 +48,13 @@ def dense_statistics(
                 seen = 1.0 if head.mean_weight is None else head.mean_weight.sum()
                 reduce_sums(sums, group, seen, shard.offset)
             found = finish_sums(sums, part_target, mean_total, want)
-            rank_rows(z, part_target, sums.z_target, found, want, group)
+            rank_rows(z, part_target, sums.z_target, found, ranked, group)
             if part_target is not None:
                 found.zero_where(part_target < 0)
             block.put(part, found)
+        if later:
+            quick_nucleus(tile, block, want)
+            if block_target is not None:
+                block.zero_where(block_target < 0)
         stats.put(index, block)
     return stats

@@ -16,9 +16,9 @@ from torch import Tensor
 from litropy.kernels.likeliest import likeliest
 from litropy.kernels.linear_head_types import RowStats, Want
 
-__all__ = ["rank_rows"]
+__all__ = ["quick_nucleus", "rank_rows"]
 
-_NUCLEUS = 32  # entries that are looked at first
+_NUCLEUS = 16  # entries that are looked at first
 _MORE = 8  # times as many are looked at where these do not do
 
 
@@ -49,14 +49,16 @@ def rank_rows(
         stats.topk_mass = mass
         stats.topk_entropy = torch.special.entr(q).sum(1)
     if want.top_p:
-        found = _quick_nucleus(z, stats.lse, want) if group is None else _nucleus(z, stats.lse, want, group)
+        found = _nucleus(z, stats.lse, want, group)
         stats.nucleus_boundary, stats.nucleus_log_mass, stats.nucleus_entropy, _ = found
 
 
-def _quick_nucleus(z: Tensor, lse: Tensor, want: Want) -> list[Tensor]:
-    """``_nucleus`` from the likeliest entries alone, where it lies within them."""
-    if z.device.type != "cpu":  # a GPU sorts fast, and which rows need it would have to be waited for
-        return _nucleus(z, lse, want, None)
+def quick_nucleus(z: Tensor, stats: RowStats, want: Want) -> None:
+    """Write ``nucleus_*`` of a block of rows on a CPU, from the likeliest entries alone where it lies within them.
+
+    A GPU sorts fast, and would have to be waited for to know which rows need it.
+    """
+    lse = stats.lse
     found = [torch.empty_like(lse) for _ in range(4)]
     rows, count = torch.arange(len(z)), _NUCLEUS
     while len(rows):
@@ -66,12 +68,11 @@ def _quick_nucleus(z: Tensor, lse: Tensor, want: Want) -> list[Tensor]:
             whole[rows] = mine
         rows = rows[(part[3] <= top[:, -1]) & (top.shape[1] < z.shape[1])]
         count *= _MORE
-    return found
+    stats.nucleus_boundary, stats.nucleus_log_mass, stats.nucleus_entropy, _ = found
 
 
 def _nucleus(z: Tensor, lse: Tensor, want: Want, group: dist.ProcessGroup | None) -> list[Tensor]:
     """Boundary, logarithm of the mass, entropy and least entry of the nucleus of each row of z, [n] each."""
-    assert want.top_p is not None
     threshold = _threshold(z, lse, want.top_p, group)
     inside = z > threshold[:, None] if want.open_nucleus else z >= threshold[:, None]
     lowest = _all(z.masked_fill(~inside, math.inf).amin(1), dist.ReduceOp.MIN, group)

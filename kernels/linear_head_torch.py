@@ -170,8 +170,7 @@ def logit_gradient(
     torch.exp(u, out=e)
     factor = g.of_p(stats.lse, head.mean_total)[:, None]
     if g.nucleus_entropy is not None:
-        u.clamp_(min=_NO_PROBABILITY)
-        factor = factor + _nucleus_slope(z, u, stats, g.nucleus_entropy)
+        factor = _with_nucleus(factor, z, u.clamp_(min=_NO_PROBABILITY), stats, g.nucleus_entropy)
     if g.entropy is not None or g.varentropy is not None:
         u.clamp_(min=_NO_PROBABILITY).add_(stats.entropy[:, None])
         if g.varentropy is not None:
@@ -182,11 +181,12 @@ def logit_gradient(
     return add_target_gradient_(e, start, head, target, g)
 
 
-def _nucleus_slope(z: Tensor, logp: Tensor, stats: RowStats, g: Tensor) -> Tensor:
-    """``-g (log q + H_S) / A`` inside the nucleus and 0 outside: a factor of p, as q = p / A."""
-    offset = stats.nucleus_entropy - stats.nucleus_log_mass
-    slope = (logp + offset[:, None]).mul_((-g * (-stats.nucleus_log_mass).exp())[:, None])
-    return slope.masked_fill_(z < stats.nucleus_boundary[:, None], 0)
+def _with_nucleus(factor: Tensor, z: Tensor, logp: Tensor, stats: RowStats, g: Tensor) -> Tensor:
+    """Add ``-g (log q + H_S) / A`` to a factor of p [n, 1] inside the nucleus, as q = p / A; [n, v]."""
+    slope = (-g * (-stats.nucleus_log_mass).exp())[:, None]
+    offset = (stats.nucleus_entropy - stats.nucleus_log_mass)[:, None]
+    inside = torch.addcmul(factor + offset * slope, logp, slope)
+    return torch.where(z < stats.nucleus_boundary[:, None], factor, inside)
 
 
 def add_target_gradient_(dz: Tensor, start: int, head: Head, target: Tensor | None, g: Cotangents) -> Tensor:

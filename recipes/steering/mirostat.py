@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from litropy.kernels.likeliest import keep_the_likeliest, likeliest
+from litropy.kernels.likeliest import kth_greatest, likeliest
 from litropy.recipes.steering.sampler import Sampler, keep_at_least_one
 
 __all__ = ["Mirostat", "zipf_cutoff"]
@@ -93,19 +93,18 @@ class Mirostat(Sampler):
         self._bound = torch.full((rows,), 2 * self.target, device=device)
 
     def truncate(self, logits: Tensor) -> Tensor:
-        """Keep the k likeliest tokens."""
+        """Keep the k likeliest tokens, and those that equal the last of them."""
         if self.cutoff == "surprise":
             return keep_at_least_one(logits, -logits.log_softmax(-1) > self._bound[:, None])
         vocabulary = _RELEASED_VOCABULARY if self.released else logits.shape[-1]
-        top = likeliest(logits, _LIKELIEST + 1)
-        cutoff = _cutoff(top[0], self._bound, vocabulary, logits.shape[-1])
-        count = cutoff.round().long() + int(self.released)
-        whole = count >= logits.shape[-1]
-
-        def behind(top: Tensor, rows: Tensor) -> Tensor:
-            return torch.arange(top.shape[-1], device=top.device) >= count[rows, None]
-
-        return keep_the_likeliest(logits, behind, whole, top)
+        top, _ = likeliest(logits, _LIKELIEST + 1)
+        most = logits.shape[-1]
+        cutoff = _cutoff(top, self._bound, vocabulary, most)
+        count = (cutoff.round().long() + int(self.released)).clamp(1, most)
+        least = top.gather(1, (count - 1).clamp(max=top.shape[1] - 1)[:, None])[:, 0]
+        further = ((count > top.shape[1]) & (count < most)).nonzero()[:, 0]
+        least[further] = kth_greatest(logits[further].float(), count[further]).to(least)
+        return logits.masked_fill((logits < least[:, None]) & (count < most)[:, None], -torch.inf)
 
     def observe(self, logprob: Tensor) -> None:
         """Move mu by how far the surprise was from the target."""
