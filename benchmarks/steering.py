@@ -28,7 +28,7 @@ import steering_tabular
 import steering_transformer
 import torch
 from collapse import write
-from machine import commit, describe, slug
+from machine import describe, slug
 from steering_methods import BASELINE, all_methods, described
 from steering_record import K
 
@@ -62,14 +62,14 @@ def still_true(record: Record, methods: Record) -> dict[Plan, Record]:
 
 
 def run(task: str, method: str, seed: int, batches: int) -> Record:
-    """Train one policy, and say what happened."""
+    """Train one policy; its curves, and the processor time it took."""
     begun = time.process_time()
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         curves = TASKS[task].run(METHODS[method], seed, batches)
     seconds = round(time.process_time() - begun, 1)
     plan = {"task": task, "method": method, "seed": seed, "batches": batches}
-    return {**plan, "curves": curves, "cpu_seconds": seconds, "commit": commit()}
+    return {**plan, "curves": curves, "cpu_seconds": seconds}
 
 
 def _announce(done: Record, number: int, of: int, seconds: float) -> None:
@@ -90,13 +90,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method on each task (default: 3)")
     parser.add_argument("--quick", action="store_true", help="a tenth of the batches, one seed, three methods")
     parser.add_argument("--fresh", action="store_true", help="make runs again that the file has")
-    parser.add_argument("--output", type=Path, help="JSON file (default: results/steering_<machine>.json)")
+    parser.add_argument("--output", type=Path, help="JSON file (default: results/steering_methods_<machine>.json)")
     options = parser.parse_args()
     share = 0.1 if options.quick else 1.0
     torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     machine = describe("cpu")
-    path = options.output or RESULTS / f"steering_{slug(machine['hardware'])}{'_quick' * options.quick}.json"
+    path = options.output or RESULTS / f"steering_methods_{slug(machine['hardware'])}{'_quick' * options.quick}.json"
     record: Record = json.loads(path.read_text()) if path.exists() else {"runs": []}
     names = options.methods or (_QUICK if options.quick else list(METHODS))
     plans = planned(options.tasks, names, 1 if options.quick else options.seeds, share)
@@ -114,7 +115,7 @@ def main() -> None:
     }
     begun = time.perf_counter()
     for number, plan in enumerate(missing, 1):
-        done = runs[plan] = run(*plan)
+        done = runs[plan] = {**run(*plan), "commit": machine["commit"]}
         write(path, {**head, "runs": [runs[key] for key in sorted(runs, key=_order)]})
         _announce(done, number, len(missing), time.perf_counter() - begun)
     print(f"Wrote {path}\n\n{steering_tables.facts_table(json.loads(path.read_text()))}")

@@ -72,9 +72,11 @@ _GAINS = {
 
 # again, with shares and coefficients that are large enough to do something here
 _LARGER: dict[str, Method] = {
-    "clip_cov": Method("clip_cov", {"masks.share": 0.3, "masks.low": 0.1}),
+    "clip_cov": Method("clip_cov", {"masks.share": 0.3, "masks.low": 0.1}, {"transformer": {"masks.share": 0.05}}),
     "entropy_anchor": Method("entropy_anchor", {f"{_CONTROLLER}.integral_gain": 0.01}, target="start"),
-    "entropy_bonus": Method("entropy_bonus", {"regularisers.coefficient": 0.1}),
+    "entropy_bonus": Method(
+        "entropy_bonus", {"regularisers.coefficient": 0.1}, {"transformer": {"regularisers.coefficient": 0.02}}
+    ),
     "entropy_target": Method("entropy_target", _GAINS, {"transformer": {f"{_CONTROLLER}.target": 0.3}}, target=0.5),
     "kl_cov": Method("kl_cov", {"epochs": 4, "penalties.share": 0.2}),
     "siren": Method("siren", {"regularisers.coefficient": 0.5}, _LENGTH),

@@ -1,6 +1,7 @@
 """Results of the steering benchmark as Markdown and as a figure."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,7 @@ def runs_of(record: Record, task: str, method: str) -> list[Record]:
 
 def end(run: Record, curve: str) -> float:
     """Mean of the last points of a curve."""
-    points = run["curves"][curve][-_END:]
-    return sum(points) / len(points)
+    return statistics.fmean(run["curves"][curve][-_END:])
 
 
 def kept(run: Record) -> float:
@@ -49,26 +49,34 @@ def as_accurate(record: Record, task: str, run: Record) -> float | None:
     return max((answers for right, answers in points if right >= share - 1e-9), default=None)
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error, from two values on."""
-    mean = sum(values) / len(values)
-    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+def usual_spread(record: Record, task: str, curve: str) -> float:
+    """The median over methods of the standard deviation of their ends: what a seed and chance make of one run."""
+    ends = [[end(run, curve) for run in runs_of(record, task, name)] for name in record["methods"][task]]
+    return statistics.median([statistics.stdev(values) for values in ends if len(values) > 1] or [0.0])
 
 
-def clearly(values: Sequence[float], least: float) -> int:
-    """1 or -1 if differences are large, and larger than twice their standard error; else 0."""
-    mean, error = mean_and_error(values)
+def clearly(record: Record, task: str, method: str, curve: str, least: float) -> int:
+    """1 or -1 if a method's ends differ from GRPO's, by more than chance makes of them; else 0.
+
+    The standard error is that of the differences, and at least that of two means of runs with the usual spread: three
+    differences can agree by chance, and all methods are compared with the same three runs.
+    """
+    values = differences(record, task, method, curve)
+    mean, number = statistics.fmean(values), len(values)
+    usual = usual_spread(record, task, curve) * math.sqrt(2 / number)
+    error = max(statistics.stdev(values) / math.sqrt(number), usual)
     return 0 if abs(mean) < max(least, 2 * error) else 1 if mean > 0 else -1
 
 
 def verdict(record: Record, task: str, method: str) -> str:
     """What a method changes, against GRPO with the same seeds."""
-    answers, share = (differences(record, task, method, curve) for curve in ("distinct_correct", "pass_at_1"))
-    if len(answers) < 2:
+    share = differences(record, task, method, "pass_at_1")
+    if len(share) < 2:
         return "not enough runs"
-    more, righter = clearly(answers, _ANSWERS), clearly(share, _SHARE)
+    more = clearly(record, task, method, "distinct_correct", _ANSWERS)
+    righter = clearly(record, task, method, "pass_at_1", _SHARE)
     if more > 0:
-        return "helps" if sum(share) / len(share) > -_SHARE else "trades accuracy"
+        return "helps" if statistics.fmean(share) > -_SHARE else "trades accuracy"
     if righter > 0 and more == 0:
         return "helps"
     return "hurts" if more < 0 or righter < 0 else "no clear difference"
@@ -81,7 +89,7 @@ def helps_diversity(record: Record, task: str) -> list[str]:
         for name in record["methods"][task]
         if name != BASELINE
         and verdict(record, task, name) == "helps"
-        and clearly(differences(record, task, name, "distinct_correct"), _ANSWERS) > 0
+        and clearly(record, task, name, "distinct_correct", _ANSWERS) > 0
     ]
 
 
@@ -135,8 +143,7 @@ def _spread(runs: Sequence[Record], curve: str) -> str:
     values = [end(run, curve) for run in runs]
     if len(values) < 2:
         return f"{values[0]:.2f}"
-    mean, error = mean_and_error(values)
-    return f"{mean:.2f} ± {error * math.sqrt(len(values)):.2f}"
+    return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
 def methods_table(record: Record, task: str) -> str:
@@ -149,13 +156,13 @@ def methods_table(record: Record, task: str) -> str:
         if not runs:
             continue
         changes = ", ".join(f"`{key.split('.')[-1]}: {value:g}`" for key, value in about["changes"].items()) or "-"
-        share = f"{sum(map(kept, runs)) / len(runs):.0%}"
+        share = f"{statistics.fmean(map(kept, runs)):.0%}"
         row = [f"`{name}`", changes, str(len(runs)), _spread(runs, "entropy"), share]
         row += [_spread(runs, curve) for curve in ("pass_at_1", "distinct_correct")]
         known = [best for run in runs if (best := as_accurate(record, task, run)) is not None]
-        row.append(f"{sum(known) / len(known):.2f}" if known and name != BASELINE else "-")
+        row.append(f"{statistics.fmean(known):.2f}" if known and name != BASELINE else "-")
         said = verdict(record, task, name)
-        answers = sum(end(run, "distinct_correct") for run in runs) / len(runs)
+        answers = statistics.fmean(end(run, "distinct_correct") for run in runs)
         order = (name != BASELINE, _VERDICTS.index(said), -answers)
         rows.append((order, [*row, "-" if name == BASELINE else said]))
     return table(header, [row for _, row in sorted(rows)], texts=2)
@@ -228,5 +235,5 @@ def _line(axis: Any, runs: Sequence[Record], curve: str, label: str, colour: str
         return
     points = list(zip(*(run["curves"][curve] for run in runs), strict=True))
     batches = runs[0]["curves"]["batch"]
-    axis.plot(batches, [sum(point) / len(point) for point in points], color=colour, label=label)
+    axis.plot(batches, [statistics.fmean(point) for point in points], color=colour, label=label)
     axis.fill_between(batches, list(map(min, points)), list(map(max, points)), color=colour, alpha=0.15, linewidth=0)
