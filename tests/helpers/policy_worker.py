@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from litropy.callbacks import EntropyChange, EntropyLawForecast, PolicyMonitor, SampleTable
 from litropy.recipes import RLVR, EntropySFT
 from litropy.recipes.sharding import full_state_dict
+from litropy.recipes.steering import AdaptiveTemperature, RecentSampleRecovery
 
 
 def watched_run(folder, strategy, rank=0, ranks=1):
@@ -22,6 +23,22 @@ def watched_run(folder, strategy, rank=0, ranks=1):
     callbacks = [PolicyMonitor(marker=[7]), law, change, table]
     found = problems.scripted_run(RLVR, data, strategy, ranks, callbacks=callbacks, default_root_dir=folder)
     return found | {"points": law.points, "change": change.state_dict(), "table": str(table.path)}
+
+
+class InOrder(problems.Sums):
+    """Ranks have parts of a batch that follow one another, as TaskDataModule deals them out."""
+
+    def train_dataloader(self):
+        samples = self.samples()
+        starts = range(self.rank * self.size, len(samples), self.size * self.ranks)
+        return DataLoader([samples[start : start + self.size] for start in starts], batch_size=None)
+
+
+def selected_run(strategy, rank=0, ranks=1):
+    """Train on what recovery selects, with a sampler that learns from each step."""
+    methods = {"data": RecentSampleRecovery(groups=3), "sampler": AdaptiveTemperature()}
+    data = InOrder(batches=5, size=4 // ranks, rank=rank, ranks=ranks)
+    return problems.scripted_run(RLVR, data, strategy, ranks, methods=methods)
 
 
 class Sequences(LightningDataModule):
@@ -73,6 +90,7 @@ if __name__ == "__main__":
     folder, rank, ranks = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     found = {
         "watched": watched_run(folder, replicated(), rank, ranks),
+        "selected": selected_run(replicated(), rank, ranks),
         "ddp": fine_tuned(replicated(), rank, ranks),
         "fsdp2": fine_tuned(sharded(ranks), rank, ranks),
         "refused": refused(rank, ranks),

@@ -13,6 +13,7 @@ from litropy.recipes.rlvr_samples import Reward, RewardResult, Sample
 from litropy.recipes.rlvr_sampling import Generation, RolloutEngine
 from litropy.recipes.steering import ForkingTokens, ReferenceKL, TokenMean
 from litropy.recipes.steering.batch import RolloutBatch
+from litropy.recipes.steering.states import states
 
 CHARACTERS = "0123456789+= "
 CONFIG = {
@@ -145,13 +146,13 @@ class Digits(Reward):
         return [RewardResult(float(sum(map(ord, r)) % 5), len(r) > 2, r) for r in responses]
 
 
-def scripted_run(module_class, data, strategy, ranks, callbacks=(), **options):
+def scripted_run(module_class, data, strategy, ranks, callbacks=(), methods=None, **options):
     """Train with scripted responses; weights and the last metrics."""
     seed_everything(3, verbose=False)
     module = module_class(
         config=CONFIG, pad_vocab_to=1, learning_rate=0.01, eps=1e-2, group_size=4, mini_batch_size=3, epochs=2,
         micro_batch_size=5, engine=Scripted(), reward=Digits(), warm_start_steps=1, reference="frozen",
-        masks=[ForkingTokens(0.5)], penalties=[ReferenceKL(0.1)], aggregation=TokenMean(),
+        masks=[ForkingTokens(0.5)], penalties=[ReferenceKL(0.1)], aggregation=TokenMean(), **(methods or {}),
     )  # fmt: skip
     metrics = Metrics()
     made = trainer(
@@ -159,4 +160,4 @@ def scripted_run(module_class, data, strategy, ranks, callbacks=(), **options):
     )  # fmt: skip
     made.fit(module, datamodule=data)
     weights = {name: value.clone() for name, value in module.model.state_dict().items()}
-    return {"weights": weights, "logged": metrics.rows[-1]}
+    return {"weights": weights, "logged": metrics.rows[-1], "states": states(module._components())}

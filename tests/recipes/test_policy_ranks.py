@@ -46,6 +46,19 @@ def test_the_first_rank_alone_writes_samples(ranks):
     assert len(lines) == 6 * 4
 
 
+def test_what_is_selected_and_remembered_does_not_depend_on_the_ranks(ranks):
+    alone = worker.selected_run("auto")
+    ours, theirs = (rank["selected"] for rank in ranks)
+    assert ours["states"]["sampler:AdaptiveTemperature"] == theirs["states"]["sampler:AdaptiveTemperature"]
+    assert ours["states"]["sampler:AdaptiveTemperature"] == close(alone["states"]["sampler:AdaptiveTemperature"])
+    for found in (ours, theirs):
+        waiting, expected = (run["states"]["data:RecentSampleRecovery"]["kept"] for run in (found, alone))
+        assert waiting["responses"].tolist() == expected["responses"].tolist()
+        assert len(waiting["responses"]) > 0
+    for name, weight in alone["weights"].items():
+        torch.testing.assert_close(ours["weights"][name], weight, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_fine_tuning_that_spares_entropy_equals_one_process(ranks, strategy):
     alone = worker.fine_tuned("auto")
