@@ -139,6 +139,7 @@ def compile_kernel(kernel: Any, dtype: torch.dtype, target: str, all_options: bo
     blocks: dict[str, int | bool] = {"BLOCK_N": tile.block_n, "BLOCK_V": row_blocks.get(kernel, tile.block_v)}
     blocks |= {"BLOCK_D": tile.block_d, "BLOCK_W": 64, "BLOCK_K": 16, "UPCAST": False, "TMA": tma}
     blocks |= {"BLOCK_R": tile.block_n, "BLOCK_T": tile.block_v, "WIDTH": _HEAD_WIDTH}
+    blocks |= {"PERSISTENT": tile.persistent}
     blocks |= {"ROWS": SEGMENTS_PER_PROGRAM, "BUCKETS": 256 if all_options else 32}
     blocks |= {"PLANES": 4, "KIND": 2, "BLOCK": PLANE_BLOCK, "DIVERGENCE": 2 if all_options else 0}
     types, constants = _arguments(kernel, dtype, blocks, all_options)

@@ -23,7 +23,7 @@ from litropy.kernels.linear_head_triton_kernels import block_kernel, gradient_ke
 from litropy.kernels.linear_head_types import Cotangents, Gradients, Head, RowStats, Want
 from litropy.kernels.tile_configs import TileConfig, tile_config
 
-__all__ = ["block_gradient", "collect_sums", "has_tma", "row_gradients", "row_sums", "sums_wanted"]
+__all__ = ["block_gradient", "collect_sums", "has_tma", "row_gradients", "row_sums", "sums_wanted", "vocabulary_shares"]
 
 # fields of the array that the kernels store their sums in, in order
 _FIELDS = ("m", "s", "t", "t2", "b", "bt", "r", "z_target")
@@ -119,12 +119,33 @@ def collect_sums(fields: Tensor, argmax: Tensor, target: Tensor | None, vocabula
     return sums
 
 
-def _vocabulary_shares(num_row_blocks: int, num_tiles: int, device: torch.device) -> int:
-    """Shares of the vocabulary: enough programs to fill the device a few times over."""
-    if device.type != "cuda":
-        return min(2, num_tiles)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(num_tiles, triton.cdiv(4 * processors, max(1, num_row_blocks))))
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def vocabulary_shares(num_row_blocks: int, num_tiles: int, places: int) -> int:
+    """Shares of the vocabulary that keep a device busy to the end: as few as take the least time.
+
+    With S shares each program does ``tiles / S`` tiles, and ``row blocks S / places`` of them follow one another, two
+    at most.
+
+    Args:
+        num_row_blocks: programs for each share.
+        num_tiles: tiles of the vocabulary.
+        places: programs that run at a time.
+
+    Example::
+
+        >>> vocabulary_shares(64, 1187, places=264)  # 256 programs at once, not 9 shares of 576 in three turns
+        4
+    """
+    most = max(1, min(num_tiles, triton.cdiv(2 * places, max(1, num_row_blocks))))
+
+    def turns_times_tiles(shares: int) -> int:
+        return triton.cdiv(num_row_blocks * shares, places) * triton.cdiv(num_tiles, shares)
+
+    return min(range(1, most + 1), key=turns_times_tiles)
 
 
 def row_sums(
@@ -143,7 +164,9 @@ def row_sums(
     masses = torch.empty((N, num_tiles), dtype=torch.float32, device=input.device) if skips else None
     if not N or not V:
         return Sums.start((N,), input, torch.float32, target is not None, want), masses
-    tiles_per_share = triton.cdiv(num_tiles, _vocabulary_shares(num_blocks, num_tiles, input.device))
+    # no more than two programs fit a processor, and where one does, they take turns
+    planned = vocabulary_shares(num_blocks, num_tiles, 2 * _processors(input.device))
+    tiles_per_share = triton.cdiv(num_tiles, planned)
     shares = triton.cdiv(num_tiles, tiles_per_share)
     fields = torch.empty((len(_FIELDS), shares, N), dtype=torch.float32, device=input.device)
     argmax = torch.empty((shares, N), dtype=torch.int64, device=input.device)
@@ -224,7 +247,10 @@ def row_gradients(
     for columns in ranges(V, strip):
         tiles = slice(columns.start // config.block_v, triton.cdiv(columns.stop, config.block_v))
         in_strip = None if kept is None else kept[:, tiles].to(torch.uint8)
-        gradient_kernel[(triton.cdiv(N, config.block_n), tiles.stop - tiles.start)](
+        num_tiles = triton.cdiv(N, config.block_n) * (tiles.stop - tiles.start)
+        # tiles that are left out leave some programs idle, unless each has one
+        persistent = config.persistent and kept is None
+        gradient_kernel[(min(num_tiles, _processors(input.device)) if persistent else num_tiles,)](
             **matrices,
             **_common(input, head, config, target is not None),
             **vectors,
@@ -232,8 +258,10 @@ def row_gradients(
             target_ptr=target,
             kept_ptr=in_strip,
             first=columns.start,
+            column_blocks=tiles.stop - tiles.start,
             stride_dz=strip,
             stride_kept=tiles.stop - tiles.start,
+            PERSISTENT=persistent,
             HAS_KEPT=kept is not None,
             HAS_ENTROPY=cotangents.entropy is not None,
             HAS_MEAN=cotangents.mean_logprob is not None,

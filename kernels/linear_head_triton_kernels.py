@@ -194,24 +194,22 @@ def statistics_kernel(
 
 
 @triton.jit
-def gradient_kernel(
-    dz_ptr, input, weight, bias_ptr, low_rank, c_ptr, target_ptr, scale_ptr, kept_ptr, max_logit_ptr, max_logprob_ptr,
+def _gradient_tile(
+    row_block, column_block,
+    dz_ptr, input, weight, bias_ptr, low_rank, c_ptr, target_ptr, scale_ptr, max_logit_ptr, max_logprob_ptr,
     entropy_ptr, varentropy_ptr, boundary_ptr, nucleus_entropy_ptr, nucleus_log_mass_ptr,
     factor_ptr, g_logprob_ptr, g_entropy_ptr, g_mean_ptr, g_varentropy_ptr, g_nucleus_ptr,
-    N, V, D, R, first, stride_dz, stride_n, stride_d, stride_v, stride_w, stride_low_rank, stride_kept,
+    N, V, D, R, first, stride_dz, stride_n, stride_d, stride_v, stride_w, stride_low_rank,
     softcap, inv_temperature,
     HAS_BIAS: tl.constexpr, HAS_LOW_RANK: tl.constexpr, HAS_C: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_TARGET: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_KEPT: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    HAS_TARGET: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_ENTROPY: tl.constexpr,
     HAS_MEAN: tl.constexpr, HAS_VARENTROPY: tl.constexpr, HAS_NUCLEUS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Gradient with respect to raw logits of a strip of columns that begins at ``first``, [N, strip]."""
-    if HAS_KEPT:  # noqa: SIM102 (a constant decides whether the inner one is compiled at all)
-        if tl.load(kept_ptr + tl.program_id(0) * stride_kept + tl.program_id(1)) == 0:
-            return
-    first_n, first_v = tl.program_id(0) * BLOCK_N, first + tl.program_id(1) * BLOCK_V
+    """One tile of ``gradient_kernel``."""
+    first_n, first_v = row_block * BLOCK_N, first + column_block * BLOCK_V
     n = (first_n + tl.arange(0, BLOCK_N)).to(tl.int64)
-    column = (tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int64)
+    column = (column_block * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int64)
     v = first + column
     width = D
     target = tl.full((BLOCK_N,), -1, dtype=tl.int64)
@@ -267,6 +265,48 @@ def gradient_kernel(
     tl.store(
         dz_ptr + n[:, None] * stride_dz + column[None, :], dz, mask=(n < N)[:, None] & (column < stride_dz)[None, :]
     )
+
+
+@triton.jit
+def gradient_kernel(
+    dz_ptr, input, weight, bias_ptr, low_rank, c_ptr, target_ptr, scale_ptr, kept_ptr, max_logit_ptr, max_logprob_ptr,
+    entropy_ptr, varentropy_ptr, boundary_ptr, nucleus_entropy_ptr, nucleus_log_mass_ptr,
+    factor_ptr, g_logprob_ptr, g_entropy_ptr, g_mean_ptr, g_varentropy_ptr, g_nucleus_ptr,
+    N, V, D, R, first, column_blocks, stride_dz, stride_n, stride_d, stride_v, stride_w, stride_low_rank, stride_kept,
+    softcap, inv_temperature,
+    HAS_BIAS: tl.constexpr, HAS_LOW_RANK: tl.constexpr, HAS_C: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_TARGET: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_KEPT: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    HAS_MEAN: tl.constexpr, HAS_VARENTROPY: tl.constexpr, HAS_NUCLEUS: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Gradient with respect to raw logits of a strip of columns that begins at ``first``, [N, strip].
+
+    A program owns a tile, or if PERSISTENT goes through several, any number of programs through all of them. Rows vary
+    fastest, so that those running together read the same tiles of the weight.
+    """
+    row_blocks, turns = tl.cdiv(N, BLOCK_N), 1
+    if PERSISTENT:
+        turns = tl.cdiv(row_blocks * column_blocks - tl.program_id(0), tl.num_programs(0))
+    for turn in range(turns):
+        tile = tl.program_id(0) + turn * tl.num_programs(0)
+        row_block, column_block = tile % row_blocks, tile // row_blocks
+        is_kept = True
+        if HAS_KEPT:
+            is_kept = tl.load(kept_ptr + row_block * stride_kept + column_block) != 0
+        if is_kept:
+            _gradient_tile(
+                row_block, column_block,
+                dz_ptr, input, weight, bias_ptr, low_rank, c_ptr, target_ptr, scale_ptr, max_logit_ptr, max_logprob_ptr,
+                entropy_ptr, varentropy_ptr, boundary_ptr, nucleus_entropy_ptr, nucleus_log_mass_ptr,
+                factor_ptr, g_logprob_ptr, g_entropy_ptr, g_mean_ptr, g_varentropy_ptr, g_nucleus_ptr,
+                N, V, D, R, first, stride_dz, stride_n, stride_d, stride_v, stride_w, stride_low_rank,
+                softcap, inv_temperature,
+                HAS_BIAS, HAS_LOW_RANK, HAS_C, HAS_SOFTCAP,
+                HAS_TARGET, HAS_SCALE, HAS_ENTROPY,
+                HAS_MEAN, HAS_VARENTROPY, HAS_NUCLEUS,
+                BLOCK_N, BLOCK_V, BLOCK_D, UPCAST, TMA,
+            )  # fmt: skip
 
 
 @triton.jit

@@ -19,6 +19,8 @@ class TileConfig:
     block_d: int
     num_warps: int
     num_stages: int
+    # a program for each processor, which goes through several tiles, in place of one for each tile
+    persistent: bool = False
 
 
 def tile_config(dtype: torch.dtype, backend: str = "cuda", tma: bool = False, heavy: bool = False) -> TileConfig:
@@ -38,7 +40,7 @@ def _config(dtype: torch.dtype, backend: str, tma: bool) -> TileConfig:
     if dtype == torch.float32:  # no tensor cores at full precision: small tiles keep the accumulators in registers
         return TileConfig(64, 64, 32, num_warps=8 if tma else 4, num_stages=2)
     if tma:  # 128 bytes of a row at a time, the widest swizzle
-        return TileConfig(128, 128, 64, num_warps=8, num_stages=3)
+        return TileConfig(128, 128, 64, num_warps=8, num_stages=3, persistent=True)
     return TileConfig(128, 128, 32, num_warps=8, num_stages=2 if backend == "hip" else 4)
 
 

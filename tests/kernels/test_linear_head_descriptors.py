@@ -38,3 +38,43 @@ def test_descriptors_change_no_number(monkeypatch, dtype, D, described, device):
     for got, expected in zip(run(True), without, strict=True):
         torch.testing.assert_close(got, expected)
     assert bool(seen) == described
+
+
+def test_any_number_of_programs_gives_the_same_bits(monkeypatch, device):
+    """Each goes through several tiles, no more of them than processors, unless tiles are left out."""
+    kernel, programs = linear_head_triton.gradient_kernel, []
+
+    class Spy:
+        def __getitem__(self, grid):
+            programs.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(linear_head_triton, "gradient_kernel", Spy())
+    monkeypatch.setattr(linear_head_triton, "has_tma", lambda _: True)
+    monkeypatch.setattr(linear_head_triton, "vocabulary_shares", lambda *_: 2)
+    leaves = [torch.randn(*shape, device=device).bfloat16().requires_grad_() for shape in ((300, 16), (600, 16))]
+    target = torch.randint(600, (300,), device=device)
+    target[128:256] = -100
+
+    def run(processors, **options):
+        monkeypatch.setattr(linear_head_triton, "_processors", lambda _: processors)
+        loss = linear_cross_entropy(*leaves, target, mode="lean", impl="triton", **options)
+        return torch.autograd.grad(loss, leaves)
+
+    expected = run(1000)
+    for processors in (1, 4, 7):
+        assert all(torch.equal(a, b) for a, b in zip(run(processors), expected, strict=True))
+    run(4, skip_tol=1e-3)
+    assert programs == [(15,), (1,), (4,), (7,), (15,)]
+
+
+@pytest.mark.parametrize(
+    ("row_blocks", "tiles", "shares"),
+    [(64, 1187, 4), (128, 1187, 2), (8, 1187, 33), (1, 3, 3), (0, 5, 1), (5, 1, 1), (1000, 1187, 1)],
+)
+def test_shares_of_the_vocabulary_leave_no_processor_idle(row_blocks, tiles, shares):
+    found = linear_head_triton.vocabulary_shares(row_blocks, tiles, places=264)
+    assert found == shares
+    if row_blocks * tiles > 10 * 264:
+        time = -(-row_blocks * found // 264) * -(-tiles // found)
+        assert time * 264 <= 1.06 * row_blocks * tiles
