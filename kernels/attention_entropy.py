@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from litropy.kernels.attention_entropy_inputs import Impl, check_rows, prepare, resolve_impl
+from litropy.kernels.attention_entropy_inputs import check_rows, prepare
 from litropy.kernels.attention_entropy_torch import row_gradients, row_stats
 from litropy.kernels.attention_entropy_types import Attention, AttentionStats, RowStats, RowTerms
+from litropy.kernels.implementation import Impl, resolve_impl
 
 __all__ = ["AttentionStats", "attention_entropy"]
 
@@ -224,7 +225,7 @@ def attention_entropy(
         softcap=softcap,
         sinks=sinks,
     )
-    stats = RowStats(*_stats(q, rows, *attention, resolve_impl(impl, q.device, q.dtype)))
+    stats = RowStats(*_stats(q, rows, *attention, resolve_impl(impl, q.device, q.dtype, "q")))
     outcomes = stats.visible_keys if sinks is None else stats.visible_keys + 1
     share = stats.entropy / outcomes.clamp_min(2).log()
     # a row with one outcome is uniform; one that sees no key is left out, sink logit or not

@@ -1,6 +1,5 @@
 """Checks and normal form of what the user passes to ``attention_entropy``."""
 
-import os
 from typing import Literal
 
 import torch
@@ -8,27 +7,9 @@ from torch import Tensor
 
 from litropy.kernels.attention_entropy_types import Attention
 
-__all__ = ["Impl", "check_rows", "prepare", "resolve_impl"]
+__all__ = ["check_rows", "prepare"]
 
-Impl = Literal["auto", "triton", "torch"]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def resolve_impl(impl: Impl, device: torch.device, dtype: torch.dtype) -> Literal["triton", "torch"]:
-    """Choose the implementation: Triton on a GPU, PyTorch on a CPU and for float64."""
-    if impl not in ("auto", "triton", "torch"):
-        raise ValueError(f"`impl` is {impl!r}; choose 'auto', 'triton' or 'torch'.")
-    on_gpu = device.type == "cuda"
-    if impl == "auto":
-        return "triton" if on_gpu and dtype != torch.float64 else "torch"
-    if impl == "triton" and dtype == torch.float64:
-        raise ValueError("`impl='triton'` computes in float32; float64 inputs need impl='torch' or 'auto'.")
-    if impl == "triton" and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            f"`impl='triton'` needs a GPU, but `q` is on {device.type}. Use impl='auto', or set"
-            " TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter (slow, for tests)."
-        )
-    return impl
 
 
 def prepare(

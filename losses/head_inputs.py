@@ -1,7 +1,6 @@
 """Checks and normal form of what the user passes to a linear-head loss: flat rows, one dtype, one implementation."""
 
 import logging
-import os
 from functools import cache
 from typing import Literal, NamedTuple
 
@@ -9,13 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from litropy.kernels import implementation
+from litropy.kernels.implementation import Impl
 from litropy.kernels.linear_head_types import Head
 from litropy.kernels.vocab_parallel import NOWHERE, WHOLE, Shard, locate_shard
 from litropy.losses.sharded_head import local_head
 
 __all__ = ["HeadInputs", "Impl", "LowRank", "log_once", "prepare", "resolve_impl"]
 
-Impl = Literal["auto", "triton", "torch"]
 LowRank = tuple[Tensor, Tensor]
 _log = logging.getLogger("litropy")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -40,24 +40,11 @@ def log_once(message: str) -> None:
 
 
 def resolve_impl(impl: Impl, device: torch.device, dtype: torch.dtype) -> Literal["triton", "torch"]:
-    """Choose the implementation: Triton on a GPU, PyTorch on a CPU and for float64."""
-    if impl not in ("auto", "triton", "torch"):
-        raise ValueError(f"`impl` is {impl!r}; choose 'auto', 'triton' or 'torch'.")
-    on_gpu = device.type == "cuda"
-    if impl == "auto":
-        chosen: Literal["triton", "torch"] = "triton" if on_gpu and dtype != torch.float64 else "torch"
-        if not torch.compiler.is_compiling():
-            log_once(f"linear head: {chosen} implementation on {device.type}")
-        return chosen
-    if impl == "triton":
-        if dtype == torch.float64:
-            raise ValueError("`impl='triton'` computes in float32; float64 inputs need impl='torch' or 'auto'.")
-        if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(
-                f"`impl='triton'` needs a GPU, but `input` is on {device.type}. Use impl='auto', or set"
-                " TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter (slow, for tests)."
-            )
-    return impl
+    """Choose the implementation, and tell the user once what was chosen."""
+    chosen = implementation.resolve_impl(impl, device, dtype)
+    if impl == "auto" and not torch.compiler.is_compiling():
+        log_once(f"linear head: {chosen} implementation on {device.type}")
+    return chosen
 
 
 def prepare(
