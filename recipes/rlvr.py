@@ -6,12 +6,10 @@ Data flow of one batch of prompts, and where each part lives::
       -> RolloutEngine    responses, log mu under what was really sampled     rlvr_sampling, steering/sampler
       -> statistics       of the policy and its reference, never N x V        rlvr_policy, rlvr_reference
       -> all ranks        one RolloutBatch, equal on each                     rlvr_ranks, steering/batch
-      -> Methods          reward shaping, data selection, advantages          steering/slots, steering/objective
+      -> Methods          reward shaping, data selection, advantages          steering/slots (how to add one)
       -> each mini-batch  phase 1: statistics of all its tokens, the loss     rlvr_update
                           phase 2: its cotangents through micro-batches
       -> optimiser step   then controllers take theirs
-
-A method is one file in ``steering/``; ``steering/slots.py`` says how to add one.
 """
 
 import math
@@ -64,8 +62,7 @@ __all__ = ["RLVR"]
 
 _VALIDATION_SEED = 2**40  # apart from those of training
 _ROW_ROOM = 2**20  # prompts that a rank may have in a batch
-# arguments that are objects
-_SLOTS = ("engine", "sampler", "reward", *(field.name for field in fields(Methods)))
+_SLOTS = ("engine", "sampler", "reward", *(field.name for field in fields(Methods)))  # arguments that are objects
 
 
 class RLVR(LanguageModel):
@@ -95,8 +92,8 @@ class RLVR(LanguageModel):
         gradient_checkpointing: recompute decoder layers in the backward pass, to save memory.
         warm_start_steps: optimiser steps of supervised learning from the samples' solutions, before RL.
         warm_start_learning_rate: their learning rate; None takes the other.
-        warm_start_label_smoothing: share of the solutions' probability that is spread over the vocabulary, from 0 to 1; it
-            leaves the policy an entropy to explore with.
+        warm_start_label_smoothing: share of the solutions' probability that is spread over the vocabulary, from 0 to
+            1; it leaves the policy an entropy to explore with.
         group_size: responses to each prompt.
         max_new_tokens: the most tokens of a response.
         mini_batch_size: prompts of an optimiser step, over all ranks; None takes all that were answered.
@@ -330,8 +327,7 @@ class RLVR(LanguageModel):
         self.log_dict(metrics)
         if not (self._warned or self.sampler.truncates):
             self._warned = warn_if_off_policy(float(metrics["rollout/on_policy_z"]))
-        for shaping in self.methods.shaping:
-            rollouts = replace(rollouts, reward=shaping.shape(rollouts))
+        rollouts = self.methods.shaped(rollouts)
         return rollouts if self.methods.data is None else self.methods.data.select(rollouts)
 
     def policy_readings(self) -> PolicyReadings | None:

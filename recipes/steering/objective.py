@@ -75,6 +75,12 @@ class Methods:
                 for place, component in enumerate(value):
                     yield f"{name}.{place}", component
 
+    def shaped(self, batch: RolloutBatch) -> RolloutBatch:
+        """The responses with the rewards that the shapings make of theirs."""
+        for shaping in self.shaping:
+            batch = replace(batch, reward=shaping.shape(batch))
+        return batch
+
     def advantages(self, batch: RolloutBatch) -> Tensor:
         """Advantage of each token before any shaping [R, T]."""
         return self.advantage.advantages(batch).expand(batch.mask.shape)

@@ -64,13 +64,6 @@ def methods(name):
     return Methods.of(**CASES[name]())
 
 
-def shaped(made, rollouts):
-    """The responses with the rewards that the methods make of theirs."""
-    for shaping in made.shaping:
-        rollouts = replace(rollouts, reward=shaping.shape(rollouts))
-    return rollouts
-
-
 def wanted(made):
     return wanted_by(component for _, component in made.named())
 
@@ -78,7 +71,7 @@ def wanted(made):
 def gradients(policy, made, rollouts, micro_batch_size, unchanged=False):
     """This rank's gradient of one update as a vector, the objective, and the mini-batch that the methods saw."""
     policy.zero_grad()
-    rollouts = shaped(made, rollouts)
+    rollouts = made.shaped(rollouts)
     found, seen = accumulate_gradients(
         policy, made, rollouts, made.advantages(rollouts),
         wanted=wanted(made), micro_batch_size=micro_batch_size, unchanged=unchanged,
