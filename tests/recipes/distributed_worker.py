@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.utils.data import DataLoader
 
 from litropy.recipes import LanguageModel
+from litropy.recipes.causal_lm import next_token_targets
 from litropy.recipes.sharding import full_state_dict
 from litropy.testing import tiny_config
 
@@ -41,7 +43,11 @@ def batches(rank, ranks, accumulate):
         size = 1 if accumulate > 1 else len(mine)
         for start in range(0, len(mine), size):
             piece = mine[start : start + size]
-            found.append({name: torch.stack([item[name] for item in piece]) for name in piece[0]})
+            batch = {name: torch.stack([item[name] for item in piece]) for name in piece[0]}
+            if ranks > 1:  # these name their targets, down to none; alone a process looks at every position
+                rows = next_token_targets(batch["labels"]).flatten().ne(-100).nonzero()[:, 0]
+                batch["target_rows"] = F.pad(rows, (0, -len(rows) % 8), value=15)
+            found.append(batch)
     return found
 
 
