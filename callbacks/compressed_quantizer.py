@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -66,9 +67,15 @@ class CompressedQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self._leaves = tuple(sorted({name.rpartition(".")[2] for name in model.state_dict()}))
+        if not hasattr(HfQuantizer, "get_new_dtype"):
+            # older versions cast payloads to what their plan says by pattern: to nothing, until all are decoded
+            self._dtype_plan, model.dtype_plan = model.dtype_plan, dict.fromkeys(self._leaves)
+            self._model_type = model.config.model_type
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if not hasattr(HfQuantizer, "get_new_dtype"):
+            model.dtype_plan = self._dtype_plan
         # what is saved from here on is plain: only the architecture's own conversions are to be undone
         kept = []
         for conversion in getattr(model, "_weight_conversions", None) or []:
@@ -82,10 +89,19 @@ class CompressedQuantizer(HfQuantizer):
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         """Converters of tensors that the architecture takes as they are: one for each last part of a name."""
-        return [
+        leaves = [
             WeightConverter(source_patterns=[leaf], target_patterns=[leaf], operations=[Decode(self)])
             for leaf in self._leaves
         ]
+        if hasattr(HfQuantizer, "update_weight_conversions"):
+            return leaves
+        # older versions only append: of two converters of one pattern the last is taken
+        own = [
+            one for one in get_checkpoint_conversion_mapping(self._model_type) or [] if isinstance(one, WeightConverter)
+        ]
+        for converter in own:
+            converter.operations = [Decode(self), *converter.operations]
+        return [*own, *leaves]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Decode first where the architecture has converters of its own, such as those that merge experts."""
