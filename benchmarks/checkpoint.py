@@ -96,8 +96,9 @@ def measure(contender: Contender, source: Source, threads: int, rounds: int, pat
     total = nbytes(tensors)
     coder = contender.make(threads)
     encode, decode = partial(coder.encode, tensors, base), coder.decode
-    small = {name: x.flatten()[:4096].clone() for name, x in list(tensors.items())[:2]}
-    small_base = None if base is None else {name: base[name].flatten()[:4096].clone() for name in small}
+    largest = sorted(tensors, key=lambda name: tensors[name].nbytes)[-2:]
+    small = {name: tensors[name].flatten()[: 1 << 17].clone() for name in largest}
+    small_base = None if base is None else {name: base[name].flatten()[: 1 << 17].clone() for name in small}
     blob = coder.encode(small, small_base)  # compiles and loads what the first call does
     if decode is not None:
         decode(blob, small_base)
