@@ -9,7 +9,6 @@ from torch import Tensor
 __all__ = ["keep_the_likeliest", "kth_greatest", "likeliest"]
 
 _ENOUGH = 32  # entries that are looked at first
-_ROOM = 64  # times k is the least that topk finds k among without moving everything
 _MOST = torch.iinfo(torch.int32).max
 _MORE = 8  # times as many are looked at where these do not do
 
@@ -27,8 +26,7 @@ def likeliest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
         ([[999.0, 998.0]], [[999, 998]])
     """
     V = z.shape[1]
-    blocks = max(_ROOM * k, math.isqrt(k * V))
-    blocks = blocks if 2 * blocks <= V else math.isqrt(k * V)
+    blocks = math.isqrt(k * V)  # as many as the entries of k blocks
     if z.device.type != "cpu" or blocks <= k or 4 * blocks > V:
         found = z.topk(min(k, V), 1)
         return found.values, found.indices
