@@ -94,8 +94,8 @@ class Writer(RolloutEngine):
         return found
 
 
-def steering_fragments(prompts: int) -> dict[str, RLVR]:
-    """A module for each fragment, without weights, whose slots are filled; GRPO first."""
+def steering_fragments(prompts: int, only: list[str] | None = None) -> dict[str, RLVR]:
+    """A module for GRPO and for each fragment, or some, without weights, whose slots are filled; GRPO first."""
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile)
     parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
@@ -108,16 +108,13 @@ def steering_fragments(prompts: int) -> dict[str, RLVR]:
         str(max(1, prompts // 2)),
     ]
     found = {}
-    for name, path in packaged_configs().items():
-        if not name.startswith("steering/"):
+    for path in packaged_configs().values():
+        if path.parent.name != "steering" or (only is not None and path.stem not in (GRPO, *only)):
             continue
         words = [*base, "--config", str(path), "--model.epochs", "1"]
-        model = yaml.safe_load(path.read_text())["model"]
-        if "data" in model:
+        if "data" in yaml.safe_load(path.read_text())["model"]:
             words += ["--model.data.groups", str(prompts)]
-        found[name.removeprefix("steering/").removesuffix(".yaml")] = parser.instantiate_classes(
-            parser.parse_args(words)
-        ).model
+        found[path.stem] = parser.instantiate_classes(parser.parse_args(words)).model
     return {GRPO: found.pop(GRPO), **found}
 
 
@@ -243,8 +240,7 @@ def measure(
     seed_everything(0, verbose=False)
     with warnings.catch_warnings():  # what the guard explains is about results, not about time
         warnings.simplefilter("ignore")
-        modules = steering_fragments(prompts)
-        modules = {name: module for name, module in modules.items() if only is None or name in (GRPO, *only)}
+        modules = steering_fragments(prompts, only)
         order = turns_of(modules, rounds)
         engine = Writer(clock)
         model = RLVR(
