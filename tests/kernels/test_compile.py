@@ -87,7 +87,8 @@ def test_registers_suffice(report, target):
     ],
 )
 def test_half_precision_uses_the_matrix_units(report, target, instruction):
-    row_by_row = ("block_kernel", "ranking_kernel", "rans_decode_kernel", "merge_kernel")  # they multiply no matrices
+    # they multiply no matrices
+    row_by_row = ("block_kernel", "ranking_kernel", "distillation_kernel", "rans_decode_kernel", "merge_kernel")
     for row in of(report, target=target, dtype="bfloat16"):
         assert row["matrix_instruction"] == ("fma" if row["kernel"] in row_by_row else instruction), row
 
