@@ -217,8 +217,11 @@ def test_sharding_strategies_are_refused(strategy, wrap):
 
 @pytest.fixture
 def process_group():
-    """Removes what a trainer leaves."""
+    """Removes what a trainer leaves: its process group, and variables that child processes would take for theirs."""
+    before = dict(os.environ)
     yield
+    os.environ.clear()
+    os.environ.update(before)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
