@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from litropy.recipes.steering.sampler import Sampler, keep_at_least_one
+from litropy.recipes.steering.sampler import Sampler
 
 __all__ = ["MinP"]
 
@@ -30,4 +30,5 @@ class MinP(Sampler):
 
     def truncate(self, logits: Tensor) -> Tensor:
         """Keep ``z_v >= max z + log min_p``."""
-        return keep_at_least_one(logits, logits < logits.amax(-1, keepdim=True) + math.log(self.min_p))
+        # the likeliest is never below the bound
+        return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(self.min_p), -math.inf)
