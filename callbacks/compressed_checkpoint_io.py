@@ -63,6 +63,8 @@ class CompressedCheckpointIO(CheckpointIO):
         trainer = Trainer(plugins=[AsyncCheckpointIO(CompressedCheckpointIO())])
     """
 
+    made = False  # whether there has been one in this process
+
     def __init__(self, codec: Codec = "auto", key_frame_every: int = 1, threads: int = 1) -> None:
         for name, value in (("key_frame_every", key_frame_every), ("threads", threads)):
             if value < 1:
@@ -73,6 +75,7 @@ class CompressedCheckpointIO(CheckpointIO):
         self._folders: dict[Path, _Frame] = {}
         self._removals = Removals(self._remove)
         self._saving = threading.Lock()
+        CompressedCheckpointIO.made = True
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
@@ -238,7 +241,8 @@ def refuse_sharded(strategy: Strategy) -> None:
 class RefuseSharded(Callback):
     """Refuse a strategy that writes shards past :class:`CompressedCheckpointIO`, before anything is trained.
 
-    Such a strategy never asks the plugin, so where litropy is installed Lightning adds this to every trainer.
+    Such a strategy never asks the plugin, so where litropy is installed Lightning adds this to every trainer made after
+    a plugin.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -7,13 +7,14 @@ __all__ = ["trainer_callbacks"]
 
 
 def trainer_callbacks() -> list[Any]:
-    """A callback that refuses strategies which would bypass compressed checkpoints; none unless there may be such.
+    """A callback that refuses strategies which would bypass compressed checkpoints; none unless there are such.
 
     Example:
-        >>> import litropy.callbacks
+        >>> from litropy.callbacks import CompressedCheckpointIO
+        >>> plugin = CompressedCheckpointIO()
         >>> [type(callback).__name__ for callback in trainer_callbacks()]
         ['RefuseSharded']
     """
-    # nobody can have made the plugin whose module is not loaded; programs without it wait for nothing
+    # Lightning announces what it adds, and programs without the plugin should neither read that nor wait for an import
     module = sys.modules.get("litropy.callbacks.compressed_checkpoint_io")
-    return [] if module is None else [module.RefuseSharded()]
+    return [module.RefuseSharded()] if module is not None and module.CompressedCheckpointIO.made else []

@@ -245,6 +245,8 @@ def test_lightning_is_told_of_the_refusal():
 
 
 def test_nothing_is_added_for_those_who_never_asked(monkeypatch):
+    monkeypatch.setattr(CompressedCheckpointIO, "made", False)
+    assert trainer_callbacks() == []
     monkeypatch.delitem(sys.modules, "litropy.callbacks.compressed_checkpoint_io")
     assert trainer_callbacks() == []
 
