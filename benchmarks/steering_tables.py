@@ -115,6 +115,7 @@ def facts_table(record: Record) -> str:
     tasks = list(record["methods"])
     rows = [[f"GRPO loses {COLLAPSE:.0%} of its entropy"], ["more distinct right answers at equal accuracy"]]
     targets = {name: None for task in tasks for name, about in record["methods"][task].items() if about["target"]}
+    rows.append(["methods that help / trade accuracy / make no clear difference / hurt"])
     rows += [[f"`{name}` holds its target within {HELD} nats"] for name in targets]
     for task in tasks:
         baseline = runs_of(record, task, BASELINE)
@@ -122,14 +123,16 @@ def facts_table(record: Record) -> str:
         rows[0].append(_reached(len(list(filter(collapses, baseline))), len(baseline), lost))
         better = helps_diversity(record, task)
         rows[1].append(", ".join(f"`{name}`" for name in better) or "**none**")
-        for row, name in zip(rows[2:], targets, strict=True):
+        said = [verdict(record, task, name) for name in record["methods"][task] if name != BASELINE]
+        rows[2].append(" / ".join(str(said.count(kind)) for kind in _VERDICTS[:4]))
+        for row, name in zip(rows[3:], targets, strict=True):
             target, runs = record["methods"][task][name]["target"], runs_of(record, task, name)
             if target == "start":
                 text = f"from {span((run['curves']['entropy'][0] for run in runs), '{:.2f}')}"
             else:
                 text = f"H* = {target:g}"
             seen = span((entropy for run in runs for entropy in last_quarter(run)), "{:.2f}")
-            row.append(_reached(sum(held(run, target) for run in runs), len(runs), f"{text}, held at {seen}"))
+            row.append(_reached(sum(held(run, target) for run in runs), len(runs), f"{text}, last quarter {seen}"))
     return table(["to be reached", *tasks], rows, texts=1 + len(tasks))
 
 
@@ -192,15 +195,16 @@ def steering(record: Record, image: str) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-# label and colour of the lines in the figure
+# colours of the lines in the figure
 _LINES = {
-    "grpo": ("GRPO", "#444444"),
-    "clip_higher": ("clip-higher", "#937860"),
-    "kl_cov-here": ("KL-Cov, share 0.2", "#55a868"),
-    "clip_cov-here": ("Clip-Cov, share 0.3", "#dd8452"),
-    "entropy_bonus-here": ("bonus 0.1", "#8172b2"),
-    "skywork-here": ("Skywork, H* = 0.2", "#4c72b0"),
-    "entropy_target-here": ("PI target", "#c44e52"),
+    "grpo": "#222222",
+    "clip_higher": "#937860",
+    "clip_cov-here": "#dd8452",
+    "kl_cov-here": "#55a868",
+    "reference_kl": "#da8bc3",
+    "entropy_bonus-here": "#8172b2",
+    "skywork-here": "#4c72b0",
+    "entropy_target-here": "#c44e52",
 }
 _ROWS = {"entropy": "entropy [nats a token]", "distinct_correct": "distinct-correct@{k}", "pass_at_1": "pass@1"}
 
@@ -216,8 +220,8 @@ def draw(path: Path, record: Record) -> None:
     for column, task in zip(figure.subplots(len(_ROWS), len(tasks), squeeze=False).T, tasks, strict=True):
         column[0].set_title(f"{task}, {record['batches'][task]} batches", fontsize=10)
         for axis, (curve, title) in zip(column, _ROWS.items(), strict=True):
-            for name, (label, colour) in _LINES.items():
-                _line(axis, runs_of(record, task, name), curve, label, colour)
+            for name, colour in _LINES.items():
+                _line(axis, runs_of(record, task, name), curve, name, colour)
             axis.set_ylabel(title.format(k=record["k"]))
             axis.set_ylim(bottom=0)
             axis.grid(alpha=0.3)
