@@ -96,7 +96,7 @@ def helps_diversity(record: Record, task: str) -> list[str]:
 def last_quarter(run: Record, curve: str = "entropy") -> list[float]:
     """The points of a curve in the last quarter of a run."""
     points = run["curves"][curve]
-    return points[-(len(points) // LAST_QUARTER) :]
+    return points[-max(1, len(points) // LAST_QUARTER) :]
 
 
 def held(run: Record, target: float | str) -> bool:

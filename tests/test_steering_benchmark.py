@@ -164,5 +164,6 @@ def test_verdicts_follow_from_the_numbers(script):
     assert tables.as_accurate(record, "tabular", made_up("x", 0, 1.0, 0.2)) == 3.0
     assert "tabular, `once` (1 of 3)" in tables.incomplete(record)
     assert "`more`" not in tables.incomplete(record)
+    assert tables.last_quarter(made_up("x", 0, 1.0, 1.0, (2.0, 1.0))) == [1.0]
     assert not tables.held(made_up("x", 0, 1.0, 1.0, (2.0, 1.0, 1.0, 1.0, 1.85)), "start")
     assert tables.held(made_up("x", 0, 1.0, 1.0, (2.0, 1.0, 1.0, 1.0, 1.95)), "start")
