@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from litropy.recipes import TaskDataModule
+from litropy.recipes import TaskDataModule, task_data
 from litropy.recipes.character_tokenizer import character_tokenizer
 from litropy.recipes.rlvr_samples import Sample
 from litropy.recipes.tasks import (
@@ -137,20 +137,23 @@ def test_characters_that_did_not_occur_are_unknown():
     assert tokenizer("")["input_ids"] == []
 
 
-def test_ranks_divide_a_batch_and_see_equally_many():
+def test_ranks_divide_a_batch_and_see_equally_many(monkeypatch):
+    def become(rank, ranks):
+        monkeypatch.setattr(task_data, "rank_of", lambda trainer: (rank, ranks))
+
     data = module(num_val=11)
     whole = [[sample.sample_id for sample in batch] for batch in data.train_dataloader()]
     assert sorted(ids(data.train_dataloader())) == list(range(64))
     parts, val = [], []
     for rank in range(2):
+        become(rank, 2)
         part = module(batch_size=4, num_val=11)
-        part._rank = lambda rank=rank: (rank, 2)
         parts.append([[sample.sample_id for sample in batch] for batch in part.train_dataloader()])
         val.append([[sample.sample_id for sample in batch] for batch in part.val_dataloader()])
     assert [a + b for a, b in zip(*parts, strict=True)] == whole
     assert [len(batch) for batch in val[0]] == [len(batch) for batch in val[1]] == [4, 1]
     assert sorted(row for batch in val[0] + val[1] for row in batch) == list(range(10)), "what divides evenly, once"
-    data._rank = lambda: (11, 12)
+    become(11, 12)
     with pytest.raises(ValueError, match="11 problems to validate on, fewer than the 12 devices"):
         data.val_dataloader()
 
