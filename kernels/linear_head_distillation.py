@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from litropy.kernels.linear_head import Plan
-from litropy.kernels.linear_head_fused import accumulator, add_product
+from litropy.kernels.linear_head_fused import accumulator, add_product, write_sums
 from litropy.kernels.linear_head_operands import (
     HEAD_SCHEMA,
     gradient_buffers,
@@ -142,13 +142,7 @@ def _by_block(
         for columns, _, total in sums:
             add_product(total, tile.t(), hidden[:, columns], first)
         first = False
-    for _, out, total in sums:
-        if first:
-            out.zero_()
-        elif total is not out:
-            out.copy_(total)
-    if gradients.bias is not None and sum_bias is not None:
-        gradients.bias.copy_(sum_bias)
+    write_sums(sums, gradients.bias, sum_bias, empty=first)
     return losses
 
 

@@ -28,7 +28,10 @@ from litropy.kernels.linear_head_tiles import (
 from litropy.kernels.linear_head_torch import add_target_gradient_, add_tile
 from litropy.kernels.linear_head_types import Gradients, Head, RowStats, Want, loss_cotangents
 
-__all__ = ["BlockGradient", "RowLoss", "accumulator", "add_product", "fused_gradients", "pays", "rows_that_fit"]
+__all__ = [
+    "BlockGradient", "RowLoss", "accumulator", "add_product", "fused_gradients", "pays", "rows_that_fit",
+    "write_sums",
+]  # fmt: skip
 
 # fewer rows than this leave the matrix products bound by the traffic of the weight
 _MIN_ROWS = {"cpu": 32, "cuda": 1024}
@@ -146,13 +149,7 @@ def fused_gradients(
         for columns, _, total in sums:
             add_product(total, tile.t(), hidden[:, columns], first)
         first = False
-    for _, out, total in sums:
-        if first:
-            out.zero_()
-        elif total is not out:
-            out.copy_(total)
-    if gradients.bias is not None and sum_bias is not None:
-        gradients.bias.copy_(sum_bias)
+    write_sums(sums, gradients.bias, sum_bias, empty=first)
     return stats
 
 
@@ -173,6 +170,26 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         total.copy_(torch.mm(a, b))
     else:
         total += torch.mm(a, b)
+
+
+def write_sums(
+    sums: list[tuple[slice, Tensor, Tensor]], bias: Tensor | None, sum_bias: Tensor | None, empty: bool
+) -> None:
+    """Write what the blocks added up to the matrices' gradients, unless it is there already, and to the bias's.
+
+    Args:
+        sums: columns, gradient and accumulator of each matrix.
+        bias: gradient of the bias.
+        sum_bias: its accumulator.
+        empty: whether there was no block, which leaves accumulators undefined.
+    """
+    for _, out, total in sums:
+        if empty:
+            out.zero_()
+        elif total is not out:
+            out.copy_(total)
+    if bias is not None and sum_bias is not None:
+        bias.copy_(sum_bias)
 
 
 def _torch_block_gradient(
