@@ -12,6 +12,7 @@ Shape key: N rows, D width, V vocabulary; n and v are the sizes of a tile.
 import torch
 from torch import Tensor
 
+from litropy.kernels.linear_head_nucleus import nucleus_factor, nucleus_gradient
 from litropy.kernels.linear_head_skipping import TileMass, add_skipped_smoothing, tile_of
 from litropy.kernels.linear_head_sums import Sums
 from litropy.kernels.linear_head_tiles import (
@@ -169,8 +170,13 @@ def logit_gradient(
     torch.sub(z, stats.max_logit[:, None], out=u).add_(stats.shifted_max_logprob(target)[:, None])
     torch.exp(u, out=e)
     factor = g.of_p(stats.lse, head.mean_total)[:, None]
+    few = None
     if g.nucleus_entropy is not None:
-        factor = _with_nucleus(factor, z, u.clamp_(min=_NO_PROBABILITY), stats, g.nucleus_entropy)
+        u.clamp_(min=_NO_PROBABILITY)
+        few = nucleus_gradient(z, u, e, stats, g.nucleus_entropy)
+        if few is None:
+            inside = nucleus_factor(u, stats, g.nucleus_entropy).add_(factor)
+            factor = torch.where(z < stats.nucleus_boundary[:, None], factor, inside)
     if g.entropy is not None or g.varentropy is not None:
         u.clamp_(min=_NO_PROBABILITY).add_(stats.entropy[:, None])
         if g.varentropy is not None:
@@ -178,15 +184,10 @@ def logit_gradient(
         if g.entropy is not None:
             factor = torch.mul(u, -g.entropy[:, None], out=u).add_(factor)
     e.mul_(factor)
+    if few is not None:
+        entries, gradient = few
+        e[entries] += gradient
     return add_target_gradient_(e, start, head, target, g)
-
-
-def _with_nucleus(factor: Tensor, z: Tensor, logp: Tensor, stats: RowStats, g: Tensor) -> Tensor:
-    """Add ``-g (log q + H_S) / A`` to a factor of p [n, 1] inside the nucleus, as q = p / A; [n, v]."""
-    slope = (-g * (-stats.nucleus_log_mass).exp())[:, None]
-    offset = (stats.nucleus_entropy - stats.nucleus_log_mass)[:, None]
-    inside = torch.addcmul(factor + offset * slope, logp, slope)
-    return torch.where(z < stats.nucleus_boundary[:, None], factor, inside)
 
 
 def add_target_gradient_(dz: Tensor, start: int, head: Head, target: Tensor | None, g: Cotangents) -> Tensor:

@@ -137,6 +137,18 @@ def exact_logits(problem):
     return z / (temperature[:, None].double() if isinstance(temperature, torch.Tensor) else temperature)
 
 
+def well_separated(problem, top_p, distance=1e-5):
+    """Without the rows in which the mass of some likeliest entries is so near ``top_p`` that rounding decides."""
+    z = exact_logits(problem)
+    mass = z.sort(1, descending=True).values.softmax(1).cumsum(1)
+    clear = ((mass - top_p).abs() > distance).all(1) | (top_p == 1)
+    assert clear.sum() >= len(clear) // 2
+    temperature = problem.options.get("temperature")
+    if isinstance(temperature, torch.Tensor):
+        problem = problem.but(temperature=temperature[clear])
+    return problem.but(input=problem.input[clear], target=problem.target[clear])
+
+
 def differentiable(want, has_target=True):
     """Names of the statistics that have a gradient."""
     names = [name for name in ("entropy", "mean_logprob", "varentropy") if getattr(want, name)]

@@ -23,6 +23,7 @@ from linear_head_problems import (
     make_problem,
     solve,
     solve_stored,
+    well_separated,
 )
 
 from litropy.kernels.linear_head import Plan, linear_head_rows
@@ -32,18 +33,6 @@ pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 NUCLEI = [False, True]
 ROWS = {"torch": 30, "triton": 6}  # the interpreter takes its time for every row
-
-
-def well_separated(problem, top_p, distance=1e-5):
-    """Without the rows in which the mass of some likeliest entries is so near ``top_p`` that rounding decides."""
-    z = exact_logits(problem)
-    mass = z.sort(1, descending=True).values.softmax(1).cumsum(1)
-    clear = ((mass - top_p).abs() > distance).all(1) | (top_p == 1)
-    assert clear.sum() >= len(clear) // 2
-    temperature = problem.options.get("temperature")
-    if isinstance(temperature, torch.Tensor):
-        problem = problem.but(temperature=temperature[clear])
-    return problem.but(input=problem.input[clear], target=problem.target[clear])
 
 
 @pytest.mark.parametrize("impl", IMPLS)
