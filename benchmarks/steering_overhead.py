@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import ActionConfigFile
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
@@ -50,8 +51,11 @@ MODEL = {
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "max_position_embeddings": 512,
-    "initializer_range": 0.4,  # sharp as a trained policy: an entropy of about 1.7 nats
+    "tie_word_embeddings": False,
 }
+# the head's weights grow so many times, so that the policy is as sharp as a trained one: about 1.7 nats of entropy.
+# Weights that are large everywhere would saturate attention, whose gradients are then too small for a CPU's fast path
+SHARPNESS = 20.0
 TINY = MODEL | {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 # what a method takes by its nature, and its slot cannot spare
 REASONS = {
@@ -155,6 +159,12 @@ class Turns(Callback):
         self.steps: list[float] = []
         self.updates: list[float] = []
         self.references: dict[str, Reference] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, RLVR)
+        assert pl_module.causal_lm is not None
+        with torch.no_grad():
+            pl_module.causal_lm.get_output_embeddings().weight.mul_(SHARPNESS)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         assert isinstance(pl_module, RLVR)
