@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from litropy.kernels.rans_tables import TOTAL, AliasTables, alias_tables, decoding_table, encoding_tables, frequencies
+from litropy.kernels.rans_tables import TOTAL, AliasTables, alias_tables, decoding_table, frequencies
 from litropy.kernels.tensor_codec_layout import SEGMENT, Buffer
 from litropy.kernels.tensor_codec_planes import Bytes, count_bytes, numba_loops
 
@@ -84,12 +84,11 @@ def encode_rans(symbols: Bytes, segment: int = SEGMENT) -> bytes:
     counts = count_bytes(symbols)
     present = np.flatnonzero(counts).astype(np.uint8)
     frequency = frequencies(counts)[present].astype("<u2")
-    tables = encoding_tables(present, frequency)
     if loops is None:
         from litropy.kernels.rans_numpy import encode_segments
     else:
         from litropy.kernels.rans_numba import encode_segments
-    words_of, states, words = encode_segments(symbols, tables, segment)
+    words_of, states, words = encode_segments(symbols, present, frequency, segment)
     head = bytes([len(present) - 1, segment.bit_length() - 1]) + present.tobytes() + frequency.tobytes()
     return head + words_of.astype("<u4").tobytes() + states.astype("<u4").tobytes() + words.astype("<u2").tobytes()
 

@@ -17,12 +17,12 @@ Reference: Duda, "Asymmetric numeral systems", 2013; Vose, "A linear algorithm f
 given distribution", 1991.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from litropy.kernels.tensor_codec_planes import Bytes
+from litropy.kernels.tensor_codec_planes import Bytes, numba_loops
 
 __all__ = [
     "PRECISION",
@@ -32,6 +32,7 @@ __all__ = [
     "alias_tables",
     "decoding_table",
     "encoding_tables",
+    "fill_buckets",
     "frequencies",
 ]
 
@@ -64,17 +65,23 @@ def frequencies(counts: NDArray[np.int64]) -> NDArray[np.int64]:
         >>> frequencies(np.array([3, 1, 0, 1_000_000]))
         array([   1,    1,    0, 4094])
     """
-    present = counts > 0
-    scaled = counts * (TOTAL / counts.sum())
-    result = np.where(present, np.maximum(np.rint(scaled), 1), 0).astype(np.int64)
+    present = np.flatnonzero(counts)
+    own = counts[present].astype(np.float64)
+    few = own < own.sum() / TOTAL
+    # those that get a slot although they have less than a slot's share leave fewer to the others
+    shared = np.rint(own * ((TOTAL - few.sum()) / own[~few].sum()))
+    slots = np.where(few, 1, np.maximum(shared, 1)).astype(np.int64)
     # what rounding left over goes where a slot more or less costs fewest bits
-    while (missing := TOTAL - int(result.sum())) != 0:
+    while (missing := TOTAL - int(slots.sum())) != 0:
         if missing > 0:
-            gain = np.where(present, counts * np.log1p(1 / np.maximum(result, 1)), -1.0)
-            result[gain.argmax()] += 1
+            best = np.argsort(-own * np.log1p(1 / slots))[:missing]
+            slots[best] += 1
         else:
-            cost = np.where(result > 1, -counts * np.log1p(-1 / np.maximum(result, 2)), np.inf)
-            result[cost.argmin()] -= 1
+            spare = np.flatnonzero(slots > 1)
+            best = spare[np.argsort(-own[spare] * np.log1p(-1 / slots[spare]))[:-missing]]
+            slots[best] -= 1
+    result = np.zeros(len(counts), np.int64)
+    result[present] = slots
     return result
 
 
@@ -95,23 +102,39 @@ def alias_tables(symbols: Bytes, frequency: NDArray[np.uint16]) -> AliasTables:
     """
     buckets = FEW_SYMBOLS if len(symbols) <= FEW_SYMBOLS else 256
     capacity = TOTAL // buckets
-    left = [int(f) for f in frequency] + [0] * (buckets - len(frequency))
-    codes = [(int(s) << 24) | ((int(f) - 1) << 12) for s, f in zip(symbols, frequency, strict=True)]
-    codes += [0] * (buckets - len(codes))
-    divider, second = [capacity] * buckets, [0] * buckets
-    small = [b for b in range(buckets) if left[b] < capacity]
-    large = [b for b in range(buckets) if left[b] > capacity]
-    # every bucket that a symbol does not fill is filled up with slots of a symbol that has too many: its highest ranks
-    while small:
-        bucket, donor = small.pop(), large[-1]
+    left, codes = np.zeros(buckets, np.int64), np.zeros(buckets, np.int64)
+    left[: len(frequency)] = frequency
+    codes[: len(frequency)] = (symbols.astype(np.int64) << 24) | ((left[: len(frequency)] - 1) << PRECISION)
+    divider, second = np.full(buckets, capacity), np.zeros(buckets, np.int64)
+    fill = fill_buckets
+    if numba_loops() is not None:
+        from litropy.kernels.rans_numba import fill_buckets as fill
+    fill(left, codes, divider, second, capacity)
+    return AliasTables(*(table.astype(np.uint32) for table in (divider, codes, second)))
+
+
+def fill_buckets(left: Any, codes: Any, divider: Any, second: Any, capacity: int) -> None:
+    """Fill every bucket that a symbol does not, up with slots of a symbol that has too many: its highest ranks."""
+    small, large = np.empty(left.size, np.int64), np.empty(left.size, np.int64)
+    smalls, larges = 0, 0
+    for b in range(left.size):
+        if left[b] < capacity:
+            small[smalls] = b
+            smalls += 1
+        elif left[b] > capacity:
+            large[larges] = b
+            larges += 1
+    while smalls:
+        smalls -= 1
+        bucket, donor = small[smalls], large[larges - 1]
         divider[bucket] = left[bucket]
         left[donor] -= capacity - left[bucket]
         second[bucket] = codes[donor] | ((left[donor] - divider[bucket]) % TOTAL)
         if left[donor] <= capacity:
-            large.pop()
+            larges -= 1
             if left[donor] < capacity:
-                small.append(donor)
-    return AliasTables(*(np.array(table, np.uint32) for table in (divider, codes, second)))
+                small[smalls] = donor
+                smalls += 1
 
 
 def decoding_table(tables: AliasTables) -> NDArray[np.uint32]:

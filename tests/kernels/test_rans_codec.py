@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from litropy.kernels import rans_stream
+from litropy.kernels import rans_stream, rans_tables
 from litropy.kernels.rans_stream import LANES, batch_streams, encode_rans, parse_stream
 from litropy.kernels.rans_tables import TOTAL, alias_tables, decoding_table, encoding_tables, frequencies
 from litropy.kernels.rans_torch import decode_batch as decode_torch
@@ -84,7 +84,8 @@ def test_encoders_write_the_same_and_decoders_read_it(alphabet, monkeypatch):
     counts = COUNTS if alphabet == 33 else COUNTS[:5]
     symbols = [some_symbols(alphabet, count, count) for count in counts]
     payloads = [encode_rans(x) for x in symbols]
-    monkeypatch.setattr(rans_stream, "numba_loops", lambda: None)
+    for module in (rans_stream, rans_tables):
+        monkeypatch.setattr(module, "numba_loops", lambda: None)
     assert payloads == [encode_rans(x) for x in symbols]
     streams = [parse_stream(payload, len(x)) for payload, x in zip(payloads, symbols, strict=True)]
     for x, stream in zip(symbols, streams, strict=True):
