@@ -1,13 +1,14 @@
 """What each steering method adds to a training step on verifiable rewards, against GRPO with all methods off.
 
-    python benchmarks/steering_overhead.py            # 5.3 million parameters: about 15 minutes on 2 cores, estimated
+    python benchmarks/steering_overhead.py            # 7.6 million parameters: about 8 minutes on 2 cores
     python benchmarks/steering_overhead.py --quick    # a tiny model and two rounds, for a smoke test
 
 One run of Lightning, in which steps take turns: GRPO, then some methods as their fragments in ``configs/steering`` fill
 the slots, then GRPO again, in another order each round. A step is compared with the GRPO steps before and after it.
 A method that is no sampler gets the same responses each time, as it has no part in writing them; samplers write, and
-are compared with plain sampling. What is added is given as a share of a whole step (responses, statistics, two
-optimiser steps) and of the update alone, which is all but the writing.
+are compared with plain sampling. A reference model has a row of its own, the forward pass that it is there for; what
+needs one is compared with GRPO beside it. What is added is given as a share of a whole step (responses, statistics,
+two optimiser steps) and of the update alone, which is all but the writing.
 """
 
 import argparse
@@ -41,6 +42,7 @@ from litropy.recipes.steering.sampler import Sampler
 
 GOAL = 0.03
 GRPO = "grpo"
+REFERENCE = "reference model"  # GRPO with one, which nothing reads
 NEIGHBOURS = 4  # methods between two steps of GRPO
 WARM_UP = 4  # steps of GRPO before anything is timed
 MODEL = {
@@ -59,9 +61,8 @@ SHARPNESS = 20.0
 TINY = MODEL | {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 # what a method takes by its nature, and its slot cannot spare
 REASONS = {
-    "reference": "a forward pass of the reference model",
+    REFERENCE: "a forward pass",
     "data": "more responses in place of those left out, which come on top: here nothing was left out",
-    "mirostat": "the k-th likeliest of all tokens, with k in the thousands",
 }
 
 
@@ -99,7 +100,7 @@ class Writer(RolloutEngine):
 
 
 def steering_fragments(prompts: int, only: list[str] | None = None) -> dict[str, RLVR]:
-    """A module for GRPO and for each fragment, or some, without weights, whose slots are filled; GRPO first."""
+    """A module for GRPO and for each fragment, or some, without weights; and for a reference model if one needs it."""
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action=ActionConfigFile)
     parser.add_lightning_class_args(LightningModule, "model", subclass_mode=True)
@@ -119,7 +120,11 @@ def steering_fragments(prompts: int, only: list[str] | None = None) -> dict[str,
         if "data" in yaml.safe_load(path.read_text())["model"]:
             words += ["--model.data.groups", str(prompts)]
         found[path.stem] = parser.instantiate_classes(parser.parse_args(words)).model
-    return {GRPO: found.pop(GRPO), **found}
+    plain = {GRPO: found.pop(GRPO)}
+    if any(module.reference_kind != "none" for module in found.values()):
+        words = [*base, "--model.reference", "frozen"]
+        plain[REFERENCE] = parser.instantiate_classes(parser.parse_args(words)).model
+    return {**plain, **found}
 
 
 def is_sampler(module: RLVR) -> bool:
@@ -127,18 +132,27 @@ def is_sampler(module: RLVR) -> bool:
     return type(module.sampler) is not Sampler
 
 
+def compared_with(name: str, modules: dict[str, RLVR]) -> str:
+    """What runs before and after a method: GRPO, beside a reference model if the method needs one."""
+    return REFERENCE if name != REFERENCE and modules[name].reference_kind != "none" else GRPO
+
+
 def turns_of(modules: dict[str, RLVR], rounds: int, seed: int = 0) -> list[tuple[str, bool]]:
     """Steps in their order: whose turn it is, and whether responses are written; the first ones warm up."""
     shuffled = random.Random(seed)
     order = [(GRPO, place % 2 == 0) for place in range(WARM_UP)]
     for _ in range(rounds):
-        for writes in (True, False):
-            names = [name for name, module in modules.items() if name != GRPO and is_sampler(module) == writes]
+        for plain, writes in ((GRPO, True), (GRPO, False), (REFERENCE, False)):
+            names = [
+                name
+                for name, module in modules.items()
+                if name != GRPO and is_sampler(module) == writes and compared_with(name, modules) == plain
+            ]
             shuffled.shuffle(names)
             for place, name in enumerate(names):
-                order += [(GRPO, writes)] if place % NEIGHBOURS == 0 else []
+                order += [(plain, writes)] if place % NEIGHBOURS == 0 else []
                 order.append((name, writes))
-            order.append((GRPO, writes))
+            order += [(plain, writes)] if names else []
     return order
 
 
@@ -278,29 +292,30 @@ def measure(
 
 def evaluate(turns: Turns, modules: dict[str, RLVR], rounds: int) -> dict[str, Any]:
     """Medians over rounds of what each method adds to its neighbours' time."""
-    plain = {
-        kind: [i for i, turn in enumerate(turns.order) if i >= WARM_UP and turn == (GRPO, kind)]
-        for kind in (True, False)
-    }
-    step = statistics.median(turns.steps[i] for i in plain[True] or plain[False])
-    update = statistics.median(turns.updates[i] for i in plain[True] + plain[False])
+    places: dict[tuple[str, bool], list[int]] = {}
+    for place, turn in enumerate(turns.order[WARM_UP:], WARM_UP):
+        places.setdefault(turn, []).append(place)
+    plain = [places.get((GRPO, writes), []) for writes in (True, False)]
+    step = statistics.median(turns.steps[i] for i in plain[0] or plain[1])
+    update = statistics.median(turns.updates[i] for i in plain[0] + plain[1])
     results = []
     for name, module in modules.items():
         if name == GRPO:
             continue
-        writes = is_sampler(module)
+        writes, beside = is_sampler(module), compared_with(name, modules)
         extra = []
-        for place, turn in enumerate(turns.order):
-            if turn == (name, writes):
-                before = max(i for i in plain[writes] if i < place)
-                after = min(i for i in plain[writes] if i > place)
-                extra.append(turns.steps[place] - (turns.steps[before] + turns.steps[after]) / 2)
+        for place in places[name, writes]:
+            before = [i for i in places[beside, writes] if place - NEIGHBOURS <= i < place]
+            after = [i for i in places[beside, writes] if place < i <= place + NEIGHBOURS]
+            if before and after:  # not where a reference model serves as the neighbour of others
+                extra.append(turns.steps[place] - (turns.steps[before[-1]] + turns.steps[after[0]]) / 2)
         added = statistics.median(extra)
-        error = 1.25 * statistics.stdev(extra) / math.sqrt(rounds)  # of a median: 1.25 times that of a mean
-        kind = "reference" if module.reference_kind != "none" else "data" if module.methods.data is not None else name
+        error = 1.25 * statistics.stdev(extra) / math.sqrt(len(extra))  # of a median: 1.25 times that of a mean
+        kind = "data" if module.methods.data is not None else name
         results.append(
             {
                 "name": name,
+                "beside": beside,
                 "added_ms": round(1e3 * added, 2),
                 "error_ms": round(1e3 * error, 2),
                 "of_step": round(added / step, 5),
@@ -340,8 +355,8 @@ def main() -> None:
         "length": length,
         "rounds": rounds,
         "clock": clock.__name__,
-        "how": "added_ms: median over rounds of (step - mean of the GRPO steps before and after it); error_ms: its"
-        " standard error; of_step, of_update: shares of the medians of GRPO's",
+        "how": "added_ms: median over rounds of (step - mean of the steps of `beside` before and after it); error_ms:"
+        " its standard error; of_step, of_update: shares of the medians of GRPO's",
         "machine": machine,
         **measure(config, options.prompts, options.group_size, length, rounds, clock, options.only),
     }

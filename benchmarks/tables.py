@@ -155,7 +155,8 @@ def steering_overhead(record: Record) -> str:
         of_update = result["of_update"]
         rows.append(
             [
-                f"`{result['name']}`",
+                result["name"] if " " in result["name"] else f"`{result['name']}`",
+                result["beside"] if " " in result["beside"] else f"`{result['beside']}`",
                 result["reason"] or "",
                 f"{result['added_ms']:.1f}",
                 f"{result['error_ms']:.1f}",
@@ -169,8 +170,16 @@ def steering_overhead(record: Record) -> str:
         f" {record['prompts'] * record['group_size']} responses of {record['length']} tokens, two optimiser steps;"
         f" a step of GRPO takes {number(record['step_ms'])} ms, its update {number(record['update_ms'])} ms."
     )
-    header = ["fragment", "takes by its nature", "added, ms", "standard error", "of a step", "of an update"]
-    return f"{table(header, rows, texts=2)}\n\n{caption}"
+    header = [
+        "fragment",
+        "compared with",
+        "takes by its nature",
+        "added, ms",
+        "standard error",
+        "of a step",
+        "of an update",
+    ]
+    return f"{table(header, rows, texts=3)}\n\n{caption}"
 
 
 def survival(record: Record) -> str:
