@@ -130,7 +130,7 @@ def _decode(table: Any, words_of: Any, states: Any, words: Any, out: Any, segmen
 def encode_segments(
     symbols: Bytes, present: Bytes, frequency: NDArray[np.uint16], segment: int
 ) -> tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.uint16]]:
-    """Words of each segment [S], states [S, 32] and words of symbols [n]."""
+    """Words of each segment [S], states [S, 32] and words of symbols [n]; those above all present count as the last."""
     f = frequency.astype(np.uint64)
     start = np.zeros(256, np.uint64)
     start[present] = np.cumsum(f) - f
@@ -140,6 +140,7 @@ def encode_segments(
     rows = np.zeros((256, 4), np.uint64)
     rows[present, 0], rows[present, 1] = f << (32 - PRECISION), (1 << _RECIPROCAL) // f + 1
     rows[present, 2], rows[present, 3] = start[present], f
+    rows[present[-1] :] = rows[present[-1]]
     segments = -(-symbols.size // segment)
     words_of, states = np.empty(segments, np.uint32), np.empty((segments, LANES), np.uint32)
     words = np.empty(symbols.size + 1, np.uint16)

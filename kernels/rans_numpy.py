@@ -16,11 +16,11 @@ __all__ = ["encode_segments"]
 def encode_segments(
     symbols: Bytes, present: Bytes, frequency: NDArray[np.uint16], segment: int
 ) -> tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.uint16]]:
-    """Words of each segment [S], states [S, 32] and words of symbols [n]."""
+    """Words of each segment [S], states [S, 32] and words of symbols [n]; those above all present count as the last."""
     tables = encoding_tables(present, frequency)
     segments = -(-symbols.size // segment)
     padded = np.zeros(segments * segment, np.uint8)
-    padded[: symbols.size] = symbols
+    padded[: symbols.size] = np.minimum(symbols, present[-1])
     steps = padded.reshape(segments, segment // LANES, LANES)
     there = (np.arange(padded.size) < symbols.size).reshape(steps.shape)
     state = np.full((segments, LANES), LOWEST_STATE, np.uint32)

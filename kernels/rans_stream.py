@@ -36,7 +36,7 @@ __all__ = [
     "encode_rans",
     "lookup_tables",
     "parse_stream",
-    "stream_bytes",
+    "states_bytes",
 ]
 
 LANES = 32
@@ -71,26 +71,34 @@ class RansBatch(NamedTuple):
     words: NDArray[np.uint16]
 
 
-def stream_bytes(alphabet: int, count: int, bits: float, segment: int) -> float:
-    """Bytes of a stream of ``count`` symbols out of ``alphabet`` that take so many bits each."""
+def states_bytes(count: int, segment: int) -> int:
+    """Bytes of a stream of ``count`` symbols that are neither tables nor information."""
     # a state is written with 32 bits, of which it holds 8 on average when 16 were there to start with
-    per_segment = 4 + LANES * (4 - 1)
-    return 2 + 3 * alphabet + per_segment * -(-count // segment) + count * bits / 8
+    return 2 + (4 + LANES * (4 - 1)) * -(-count // segment)
 
 
-def encode_rans(symbols: Bytes, segment: int = SEGMENT) -> bytes:
-    """Symbols [n], n > 0, as a stream; segments are a power of two from 2^10 to 2^20."""
-    loops = numba_loops()
-    counts = count_bytes(symbols)
+def encode_rans(symbols: Bytes, segment: int = SEGMENT, counts: NDArray[np.int64] | None = None) -> bytes:
+    """Symbols as a stream.
+
+    Args:
+        symbols: [n], n > 0.
+        segment: symbols of a segment, a power of two from 2^10 to 2^20.
+        counts: how often each byte occurs, [256]; bytes above the last that does are coded as that one.
+
+    Returns:
+        The stream.
+    """
+    counts = count_bytes(symbols) if counts is None else counts
     present = np.flatnonzero(counts).astype(np.uint8)
     frequency = frequencies(counts)[present].astype("<u2")
-    if loops is None:
+    if numba_loops() is None:
         from litropy.kernels.rans_numpy import encode_segments
     else:
         from litropy.kernels.rans_numba import encode_segments
     words_of, states, words = encode_segments(symbols, present, frequency, segment)
     head = bytes([len(present) - 1, segment.bit_length() - 1]) + present.tobytes() + frequency.tobytes()
-    return head + words_of.astype("<u4").tobytes() + states.astype("<u4").tobytes() + words.astype("<u2").tobytes()
+    head += words_of.astype("<u4").tobytes() + states.astype("<u4").tobytes()
+    return head + words.astype("<u2", copy=False).tobytes()
 
 
 def parse_stream(payload: Buffer, count: int) -> RansStream:

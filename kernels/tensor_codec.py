@@ -23,7 +23,7 @@ from torch import Tensor
 from litropy.kernels.host_memory import empty
 from litropy.kernels.rans_stream import LONG_SEGMENT
 from litropy.kernels.tensor_codec_batch import decode_window, window_chunks
-from litropy.kernels.tensor_codec_choice import choose_coders, sample_ranges
+from litropy.kernels.tensor_codec_choice import FEW_BYTES, choose_coders, sample_ranges
 from litropy.kernels.tensor_codec_chunks import decode_plane, encode_plane, pack_planes, pack_words, parse_payload
 from litropy.kernels.tensor_codec_layout import (
     CHUNK_BYTES,
@@ -54,8 +54,8 @@ __all__ = [
 ]  # fmt: skip
 
 _CODECS, _IMPLS = ("auto", "zstd", "rans", "raw"), ("auto", "numba", "torch", "triton")
-# tensors up to this size "auto" takes as they are: what could be saved is not worth looking
-_FEW_BYTES = 2048
+# differences up to this size "auto" does not code: a frame would not be smaller
+_FEW_DELTA_BYTES = 64
 
 
 def plan_tensor(
@@ -66,7 +66,8 @@ def plan_tensor(
     Args:
         tensor: of any of ``DTYPES``, any shape, strides and device.
         codec: "zstd", "rans" or "raw": what the planes that compress are coded by. "auto": by whichever is smaller,
-            rANS where it saves at least 0.5 % of the tensor (0.05 % against a base), and nothing for up to 2 KiB.
+            rANS where it saves at least 0.5 % of the tensor (0.05 % against a base), and nothing for up to 2 KiB
+            (64 bytes against a base).
         base: code differences from this: a tensor of the same dtype and shape, or what gives its chunks by index.
         chunk_bytes: bytes of the tensor that a chunk holds, rounded down to whole segments of 32,768 elements.
 
@@ -90,17 +91,18 @@ def plan_tensor(
     chunk_elements = max(chunk_bytes // tensor.dtype.itemsize // SEGMENT, 1) * SEGMENT
     layout = TensorLayout(tensor.dtype, tuple(tensor.shape), base is not None, chunk_elements)
     verbatim = layout.nbytes + layout.num_chunks
-    if codec == "raw" or layout.nbytes <= (_FEW_BYTES if codec == "auto" else 0):
+    few = _FEW_DELTA_BYTES if layout.delta else FEW_BYTES
+    if codec == "raw" or layout.nbytes <= (few if codec == "auto" else 0):
         return TensorPlan(layout, "raw", (), verbatim)
     kind = transform(layout.dtype, layout.delta)
-    parts = []
+    sample, base_sample = [], []
     for index, slices in sample_ranges(layout):
         values, others = flat_chunk(tensor, layout, index), _base_chunk(base, layout, index)
-        for part in slices:
-            base_words = None if others is None else words(others[part])
-            parts.append(split_planes(words(values[part]), kind, base_words))
-    total = layout.nbytes // word_bytes(layout.dtype)
-    coders, estimate = choose_coders(np.concatenate(parts, axis=1), total, codec, kind, layout.delta)
+        sample += [words(values[part]) for part in slices]
+        base_sample += [] if others is None else [words(others[part]) for part in slices]
+    planes = split_planes(np.concatenate(sample), kind, np.concatenate(base_sample) if base_sample else None)
+    total, chunk = (n * layout.dtype.itemsize // word_bytes(layout.dtype) for n in (layout.numel, chunk_elements))
+    coders, estimate = choose_coders(planes, total, chunk, codec, kind, layout.delta)
     if all(coder == "raw" for coder in coders):
         return TensorPlan(layout, "raw", (), verbatim)
     chosen: Codec = "rans" if "rans" in coders else "zstd"

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from litropy.kernels.rans_ceiling import put_back_torch, split_ceiling
 from litropy.kernels.rans_stream import RansStream, batch_streams, parse_stream
-from litropy.kernels.tensor_codec_chunks import RANS, Plane, decode_plane, parse_payload
+from litropy.kernels.tensor_codec_chunks import CEILING, RANS, Plane, decode_plane, parse_payload
 from litropy.kernels.tensor_codec_layout import Buffer, Impl, TensorLayout
-from litropy.kernels.tensor_codec_planes import merge_planes_torch, transform, word_bytes
+from litropy.kernels.tensor_codec_planes import Bytes, merge_planes_torch, transform, word_bytes
 
 __all__ = ["decode_window", "window_chunks"]
 
@@ -88,15 +89,20 @@ def _upload(buffers: Sequence[Buffer], device: torch.device) -> Tensor:
 def _decode_plane(chunks: Sequence[tuple[int, int, Plane]], layout: TensorLayout, out: Tensor, impl: Impl) -> None:
     """The same plane of consecutive chunks, (index, words, plane) each, to ``out`` [n] uint8."""
     start = 0
-    for is_rans, group in itertools.groupby(chunks, lambda chunk: chunk[2].method == RANS):
+    for is_rans, group in itertools.groupby(chunks, lambda chunk: chunk[2].method in (RANS, CEILING)):
         run = list(group)
         part = out[start : start + sum(count for _, count, _ in run)]
         start += len(part)
         streams: list[RansStream] = []
+        ceilings: dict[int, tuple[int, Bytes]] = {}
         contents: list[Buffer] = []
         for index, count, plane in run:
             try:
-                if is_rans:
+                if plane.method == CEILING:
+                    ceiling, high, stream = split_ceiling(plane.data, count)
+                    ceilings[index] = ceiling, high
+                    streams.append(parse_stream(stream, count))
+                elif is_rans:
                     streams.append(parse_stream(plane.data, count))
                 else:
                     contents.append(decode_plane(plane, count).data)
@@ -114,3 +120,9 @@ def _decode_plane(chunks: Sequence[tuple[int, int, Plane]], layout: TensorLayout
         if not intact.all():
             index = run[batch.table_of[intact.argmin()]][0]
             raise _damaged(index, layout, "a rANS stream does not end where it must, its states or words are wrong")
+        for (index, _, _), symbols in zip(run, part.split([count for _, count, _ in run]), strict=True):
+            if index in ceilings:
+                try:
+                    put_back_torch(symbols, *ceilings[index])
+                except ValueError as error:
+                    raise _damaged(index, layout, error) from error

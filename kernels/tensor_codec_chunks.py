@@ -11,6 +11,7 @@ A payload begins with a byte that says which; all numbers are little-endian:
     2 zstd    one Zstandard frame that says its content size, n, and needs no dictionary
     3 rans    a stream of ``rans_stream``
     4 groups  u32 bytes, a Zstandard frame of so many: an offset for each 128 symbols; one of the symbols less those
+    5 ceiling what reaches it, and a stream: see ``rans_ceiling``
 """
 
 import struct
@@ -22,15 +23,19 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
+from litropy.kernels.rans_ceiling import NO_CEILING, best_ceiling, encode_under_ceiling, put_back, split_ceiling
 from litropy.kernels.rans_stream import encode_rans, parse_stream
 from litropy.kernels.tensor_codec_groups import GROUP, add_offsets, subtract_offsets
 from litropy.kernels.tensor_codec_layout import SEGMENT, Buffer, Coder
-from litropy.kernels.tensor_codec_planes import Bytes, Words, numba_loops
+from litropy.kernels.tensor_codec_planes import Bytes, Words, count_bytes, numba_loops
 
-__all__ = ["RANS", "Plane", "decode_plane", "encode_plane", "pack_planes", "pack_words", "parse_payload", "zstd_bytes"]
+__all__ = [
+    "CEILING", "RANS", "Plane", "decode_plane", "encode_plane", "pack_planes", "pack_words", "parse_payload",
+    "zstd_bytes",
+]  # fmt: skip
 
 _WORDS, _PLANES = b"\x00", b"\x01"
-RAW, SAME, ZSTD, RANS, GROUPS = range(5)
+RAW, SAME, ZSTD, RANS, GROUPS, CEILING = range(6)
 _ENTRY = struct.Struct("<BI")
 _SIZE = struct.Struct("<I")
 # of ``zstd``, and of what ``huffman`` cannot code: next to no search for matches, so that Huffman coding remains,
@@ -81,7 +86,7 @@ def encode_plane(plane: Bytes, coder: Coder, segment: int = SEGMENT) -> Plane:
         return Plane(SAME, plane[:1].data)
     if coder != "raw":
         if coder == "rans":
-            coded = Plane(RANS, encode_rans(plane, segment))
+            coded = _rans(plane, segment)
         elif coder == "groups":
             offsets, rest = subtract_offsets(plane)
             head = zstd_bytes(offsets, "zstd")
@@ -91,6 +96,14 @@ def encode_plane(plane: Bytes, coder: Coder, segment: int = SEGMENT) -> Plane:
         if len(coded.data) < plane.size:
             return coded
     return Plane(RAW, plane.data)
+
+
+def _rans(plane: Bytes, segment: int) -> Plane:
+    counts = count_bytes(plane)
+    ceiling, _ = best_ceiling(counts)
+    if ceiling == NO_CEILING:
+        return Plane(RANS, encode_rans(plane, segment, counts))
+    return Plane(CEILING, encode_under_ceiling(plane, ceiling, counts, segment))
 
 
 def pack_words(words: Words) -> bytes:
@@ -146,8 +159,10 @@ def parse_payload(payload: Buffer, count: int, word_bytes: int) -> memoryview | 
         if size > len(rest):
             raise ValueError(f"a plane of {size} bytes is listed where {len(rest)} are left")
         expected = {RAW: count, SAME: 1}.get(method, size)
-        if method > GROUPS or size != expected:
-            raise ValueError(f"a plane of method {method} has {size} bytes; methods are 0 to {GROUPS}, {count} symbols")
+        if method > CEILING or size != expected:
+            raise ValueError(
+                f"a plane of method {method} has {size} bytes; methods are 0 to {CEILING}, {count} symbols"
+            )
         planes.append(Plane(method, rest[:size]))
         rest = rest[size:]
     if len(rest):
@@ -172,7 +187,12 @@ def decode_plane(plane: Plane, count: int) -> Bytes:
     from litropy.kernels.rans_numba import decode_stream
 
     out = np.empty(count, np.uint8)
-    decode_stream(parse_stream(plane.data, count), out)
+    if plane.method == RANS:
+        decode_stream(parse_stream(plane.data, count), out)
+    else:
+        ceiling, high, stream = split_ceiling(plane.data, count)
+        decode_stream(parse_stream(stream, count), out)
+        put_back(out, ceiling, high)
     return out
 
 

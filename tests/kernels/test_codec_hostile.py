@@ -14,6 +14,7 @@ from litropy.kernels.rans_numba import decode_stream
 from litropy.kernels.rans_stream import LANES, batch_streams, encode_rans, parse_stream
 from litropy.kernels.rans_torch import decode_batch as decode_torch
 from litropy.kernels.tensor_codec import TensorLayout, decode_chunk, encode_tensor
+from litropy.kernels.tensor_codec_chunks import CEILING, parse_payload
 from litropy.kernels.tensor_codec_layout import SEGMENT
 
 COUNT = 500
@@ -151,6 +152,9 @@ def test_tables_that_lie():
 
 X = torch.randn(1200, generator=torch.Generator().manual_seed(0)).bfloat16()
 ENCODED = {codec: encode_tensor(X, codec=codec) for codec in ("zstd", "rans", "raw")}
+# small integers, of which a few are not: under a ceiling
+SPARSE = torch.from_numpy(np.where(np.arange(1200) % 60, symbols_of(3, 1200), np.arange(1200) % 251).astype(np.uint8))
+ENCODED["ceiling"] = encode_tensor(SPARSE, codec="rans")
 
 
 @pytest.mark.parametrize("codec", ENCODED)
@@ -162,7 +166,7 @@ def test_damaged_chunks(codec, data):
     results = []
     for impl in ("numba", "torch"):
         try:
-            results.append(decode_chunk(payload, encoded.layout, 0, impl=impl).view(torch.int16).tolist())
+            results.append(decode_chunk(payload, encoded.layout, 0, impl=impl).view(torch.uint8).tolist())
         except ValueError as error:
             results.append(str(error).startswith("Chunk 0 of 1 cannot be decoded: "))
     assert results[0] == results[1]
@@ -192,6 +196,28 @@ def test_frames_that_would_unpack_to_more_are_refused_before():
             decode_chunk(payload, layout, 0)
         assert tracemalloc.get_traced_memory()[1] < 10 << 20
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data[:4], "cannot hold a ceiling"),
+        (lambda data: data[:1] + struct.pack("<I", 2**32 - 1) + data[5:], "4294967295 of 1200 symbols are said"),
+        (lambda data: data[:1] + struct.pack("<I", 1201) + bytes([255]) * 1100, "1201 of 1200 symbols are said"),
+        (lambda data: data[:5] + b"\0" + data[6:], "a symbol of 0 is listed"),
+        (lambda data: bytes([data[0] - 1]) + data[1:], "symbols reach the ceiling"),
+        (lambda data: data[:1] + struct.pack("<I", 0) + data[5 + data[1] :], "but 0 are listed"),
+    ],
+)
+def test_ceilings_that_lie(change, message):
+    encoded = ENCODED["ceiling"]
+    (plane,) = parse_payload(encoded.chunks[0], 1200, 1)
+    assert plane.method == CEILING
+    data = change(bytes(plane.data))
+    payload = b"\1" + struct.pack("<BI", CEILING, len(data)) + data
+    for impl in ("numba", "torch"):
+        with pytest.raises(ValueError, match=message):
+            decode_chunk(payload, TensorLayout(torch.uint8, (1200,), False, SEGMENT), 0, impl=impl)
 
 
 def test_frames_with_something_behind_them_are_refused():

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from litropy.kernels import rans_stream, rans_tables
-from litropy.kernels.rans_stream import LANES, batch_streams, encode_rans, parse_stream
+from litropy.kernels.rans_ceiling import NO_CEILING, best_ceiling, encode_under_ceiling, put_back, split_ceiling
+from litropy.kernels.rans_stream import LANES, batch_streams, encode_rans, parse_stream, states_bytes
 from litropy.kernels.rans_tables import TOTAL, alias_tables, decoding_table, encoding_tables, frequencies
 from litropy.kernels.rans_torch import decode_batch as decode_torch
 from litropy.kernels.tensor_codec_layout import SEGMENT
@@ -131,6 +132,35 @@ def test_the_bitstream_does_not_change():
     out, intact = decode_with(decode_torch, [stream])
     assert intact.all()
     assert out.tolist() == [3, 3, 200, 3] * 20
+
+
+def test_a_ceiling_does_not_change_either():
+    """80 symbols, 3 three times as often as what reaches 200: 210 and 220 by turns, as they were first written."""
+    states = [153984, 153984, 4209792, 153984] * 4 + [115968, 115968, 1051776, 115968] * 4
+    stream = bytes([1, 15, 3, 200, 0, 12, 0, 4, 0, 0, 0, 0]) + np.array(states, "<u4").tobytes()
+    payload = bytes([200, 20, 0, 0, 0]) + bytes([210, 220] * 10) + stream
+    ceiling, high, rest = split_ceiling(payload, 80)
+    out = np.tile(np.array([3, 3, 200, 3], np.uint8), 20)
+    assert (ceiling, bytes(rest)) == (200, stream)
+    put_back(out, ceiling, high)
+    assert out.tolist() == [3, 3, 210, 3, 3, 3, 220, 3] * 10
+    counts = np.bincount(out, minlength=256)
+    assert encode_under_ceiling(out, 200, counts, SEGMENT) == payload
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(2, 256), st.integers(0, 2**32))
+def test_ceilings_make_planes_no_larger_and_sizes_are_known(alphabet, seed):
+    rng = np.random.default_rng(seed)
+    symbols = np.minimum(rng.geometric(rng.uniform(0.05, 0.999), 30_000) - 1, alphabet - 1).astype(np.uint8)
+    rare = rng.random(symbols.size) < 0.005
+    symbols[rare] = rng.integers(0, alphabet, rare.sum())
+    counts = np.bincount(symbols, minlength=256)
+    ceiling, size = best_ceiling(counts)
+    plain = encode_rans(symbols)
+    coded = plain if ceiling == NO_CEILING else encode_under_ceiling(symbols, ceiling, counts, SEGMENT)
+    assert len(coded) <= len(plain)
+    assert len(coded) == pytest.approx(size + states_bytes(symbols.size, SEGMENT), abs=40)
 
 
 def test_words_run_out_or_are_left():

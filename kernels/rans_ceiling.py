@@ -1,0 +1,118 @@
+"""rANS of bytes under a ceiling; those that reach it stand beside the stream, as they are.
+
+Small differences are mostly 0 and 1, and each of many higher values occurs now and then. In a table of 4096 slots every
+one of them takes a slot, more than its share, and three bytes of the stream's head. So bytes from a ceiling on are
+coded as the ceiling, and listed; all numbers are little-endian:
+
+    u8       ceiling c
+    u32      bytes that reach it, m
+    u8 [m]   those, in order, each at least c
+    u8 [...] a stream of ``rans_stream``, of min(byte, c), in which c occurs m times
+"""
+
+import struct
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from litropy.kernels.rans_stream import encode_rans
+from litropy.kernels.rans_tables import TOTAL
+from litropy.kernels.tensor_codec_layout import Buffer
+from litropy.kernels.tensor_codec_planes import Bytes
+
+__all__ = ["NO_CEILING", "best_ceiling", "encode_under_ceiling", "put_back", "put_back_torch", "split_ceiling"]
+
+NO_CEILING = 256
+# the least share of a plane's bytes that a ceiling must save: decoding has to put back what reaches it
+_LEAST_SAVING = 1 / 2048
+_HEAD = struct.Struct("<BI")
+
+
+def best_ceiling(counts: NDArray[Any]) -> tuple[int, float]:
+    """The ceiling that makes a plane smallest, and its bytes without those of the states.
+
+    Args:
+        counts: how often each byte occurs, [256], not all 0.
+
+    Returns:
+        1 to 255, or 256 where none is worth it; bytes of a table, of the words and of the list.
+
+    Example:
+        >>> counts = np.r_[1_000_000, 30_000, np.full(254, 20)]
+        >>> best_ceiling(counts)[0], round(best_ceiling(counts)[1])
+        (2, 35335)
+    """
+    total = counts.sum()
+    # slots have at least one for each byte that occurs, and then share what there is
+    slots = np.where(counts > 0, np.maximum(counts / total, 1 / TOTAL), 0.0)
+    above = total - _below(counts)
+    above_slots = np.where(above > 0, np.maximum(above / total, 1 / TOTAL), 0.0)
+    bits = _below(_bits(counts, slots)) + _bits(above, above_slots) + total * np.log2(_below(slots) + above_slots)
+    sizes = bits / 8 + above + 3 * (_below(counts > 0) + (above > 0))
+    best = int(sizes[1:].argmin()) + 1
+    if sizes[NO_CEILING] - sizes[best] < _LEAST_SAVING * total:
+        best = NO_CEILING
+    return best, float(sizes[best])
+
+
+def _below(x: NDArray[Any]) -> NDArray[Any]:
+    """Sums over the bytes below each ceiling, [257]."""
+    return np.concatenate([[0], np.cumsum(x)])
+
+
+def _bits(counts: NDArray[Any], slots: NDArray[Any]) -> NDArray[Any]:
+    """Bits of all symbols of each count, at so many slots of the table."""
+    return -counts * np.log2(slots, out=np.zeros(len(slots)), where=slots > 0)
+
+
+def encode_under_ceiling(symbols: Bytes, ceiling: int, counts: NDArray[np.int64], segment: int) -> bytes:
+    """Symbols [n], n > 0, of known counts, as a list and a stream."""
+    high = symbols[np.flatnonzero(symbols >= ceiling)]
+    clipped = np.zeros_like(counts)
+    clipped[:ceiling], clipped[ceiling] = counts[:ceiling], len(high)
+    return _HEAD.pack(ceiling, len(high)) + high.tobytes() + encode_rans(symbols, segment, clipped)
+
+
+def split_ceiling(data: Buffer, count: int) -> tuple[int, Bytes, memoryview]:
+    """The ceiling, the bytes that reach it, and the stream of the others, of ``count`` in all.
+
+    Raises:
+        ValueError: when the list cannot be one.
+    """
+    rest = memoryview(data)
+    if len(rest) < _HEAD.size:
+        raise ValueError(f"{len(rest)} bytes cannot hold a ceiling and what reaches it")
+    ceiling, length = _HEAD.unpack(rest[: _HEAD.size])
+    rest = rest[_HEAD.size :]
+    if length > min(len(rest), count):
+        raise ValueError(f"{length} of {count} symbols are said to reach a ceiling, listed in {len(rest)} bytes")
+    high = np.frombuffer(rest[:length], np.uint8)
+    if (high < ceiling).any():
+        raise ValueError(f"a symbol of {high.min()} is listed among those that reach {ceiling}")
+    return ceiling, high, rest[length:]
+
+
+def put_back(symbols: Bytes, ceiling: int, high: Bytes) -> None:
+    """Write what reaches the ceiling to its places among decoded symbols [n].
+
+    Raises:
+        ValueError: when there are not as many places.
+    """
+    at = np.flatnonzero(symbols == ceiling)
+    _check(len(at), ceiling, high)
+    symbols[at] = high
+
+
+def put_back_torch(symbols: Tensor, ceiling: int, high: Bytes) -> None:
+    """The same on any device."""
+    at = (symbols == ceiling).nonzero().flatten()
+    _check(len(at), ceiling, high)
+    symbols[at] = torch.from_numpy(high.copy()).to(symbols.device)
+
+
+def _check(places: int, ceiling: int, high: Bytes) -> None:
+    if places != len(high):
+        raise ValueError(f"{places} symbols reach the ceiling {ceiling}, but {len(high)} are listed")
