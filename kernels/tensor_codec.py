@@ -12,19 +12,17 @@ Files and checksums are the caller's: a payload may be damaged without it showin
 import itertools
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from litropy.kernels.host_memory import empty
-from litropy.kernels.rans_stream import LONG_SEGMENT
+from litropy.kernels.in_order import in_order
 from litropy.kernels.tensor_codec_batch import decode_window, window_chunks
 from litropy.kernels.tensor_codec_choice import FEW_BYTES, choose_coders, sample_ranges
-from litropy.kernels.tensor_codec_chunks import decode_plane, encode_plane, pack_planes, pack_words, parse_payload
+from litropy.kernels.tensor_codec_chunks import decode_plane, parse_payload, scratch_room, write_chunk
 from litropy.kernels.tensor_codec_layout import (
     CHUNK_BYTES,
     DTYPES,
@@ -37,11 +35,12 @@ from litropy.kernels.tensor_codec_layout import (
     TensorLayout,
     TensorPlan,
     flat_chunk,
+    room_bytes,
 )
 from litropy.kernels.tensor_codec_planes import (
+    Bytes,
     merge_planes,
     numba_loops,
-    scratch_planes,
     split_planes,
     transform,
     word_bytes,
@@ -128,16 +127,14 @@ def encode_chunk(values: Tensor, plan: TensorPlan, *, base: Tensor | None = None
         >>> len(encode_chunk(ones, plan_tensor(ones)))
         25
     """
-    x = words(values)
-    if not plan.coders:
-        return pack_words(x)
-    others = _fitting(base, plan.layout, len(values))
-    planes = split_planes(
-        x, transform(plan.layout.dtype, plan.layout.delta), None if others is None else words(others), scratch_planes(x)
-    )
-    segment = LONG_SEGMENT if plan.layout.delta else SEGMENT
-    coded = (encode_plane(plane, coder, segment) for plane, coder in zip(planes, plan.coders, strict=True))
-    return pack_planes(coded, len(plan.coders), x.nbytes) or pack_words(x)
+    room = scratch_room(values.nbytes)
+    return room[: _write_chunk(values, plan, base, room)].tobytes()
+
+
+def _write_chunk(values: Tensor, plan: TensorPlan, base: Tensor | None, room: Bytes) -> int:
+    """A payload to ``room``; how many bytes."""
+    others = _fitting(base, plan.layout, len(values)) if plan.coders else None
+    return write_chunk(words(values), plan, None if others is None else words(others), room)
 
 
 def encode_chunks(tensor: Tensor, plan: TensorPlan, *, base: Base = None, threads: int = 1) -> Iterator[bytes]:
@@ -157,10 +154,9 @@ def encode_chunks(tensor: Tensor, plan: TensorPlan, *, base: Base = None, thread
     """
 
     def encode(index: int) -> bytes:
-        others = _base_chunk(base, plan.layout, index) if plan.coders else None
-        return encode_chunk(flat_chunk(tensor, plan.layout, index), plan, base=others)
+        return encode_chunk(flat_chunk(tensor, plan.layout, index), plan, base=_plan_base(base, plan, index))
 
-    return _ordered(encode, range(plan.layout.num_chunks), min(threads, plan.layout.num_chunks))
+    return in_order(encode, range(plan.layout.num_chunks), min(threads, plan.layout.num_chunks))
 
 
 def encode_tensor(
@@ -188,7 +184,22 @@ def encode_tensor(
         (0.66, True)
     """
     plan = plan_tensor(tensor, codec=codec, base=base, chunk_bytes=chunk_bytes)
-    return EncodedTensor(plan.layout, plan.codec, tuple(encode_chunks(tensor, plan, base=base, threads=threads)))
+    layout = plan.layout
+    # payloads side by side: they stay where they are written to, in large pages if they are many, and what no byte is
+    # written to is never taken from the system
+    memory = np.empty(room_bytes(layout.nbytes + layout.num_chunks), np.uint8)
+    ends = [0]
+    if min(threads, layout.num_chunks) > 1:
+        for payload in encode_chunks(tensor, plan, base=base, threads=threads):
+            memory[ends[-1] : ends[-1] + len(payload)] = np.frombuffer(payload, np.uint8)
+            ends.append(ends[-1] + len(payload))
+    else:
+        for index in range(layout.num_chunks):
+            values, others = flat_chunk(tensor, layout, index), _plan_base(base, plan, index)
+            ends.append(ends[-1] + _write_chunk(values, plan, others, memory[ends[-1] :]))
+    memory.resize(ends[-1], refcheck=False)
+    memory.setflags(write=False)
+    return EncodedTensor(layout, plan.codec, tuple(memory.data[a:b] for a, b in itertools.pairwise(ends)))
 
 
 def decode_chunk(
@@ -290,7 +301,7 @@ def decode_chunks(
         start, stop = layout.chunk_range(index)
         decode_chunk(payload, layout, index, base=_base_chunk(base, layout, index), out=flat[start:stop], impl=resolved)
 
-    deque(_ordered(decode, numbered, min(threads, layout.num_chunks)), maxlen=0)
+    deque(in_order(decode, numbered, min(threads, layout.num_chunks)), maxlen=0)
     return out
 
 
@@ -349,6 +360,11 @@ def _base_chunk(base: Base, layout: TensorLayout, index: int) -> Tensor | None:
     return _fitting(chunk, layout, stop - start)
 
 
+def _plan_base(base: Base, plan: TensorPlan, index: int) -> Tensor | None:
+    """A chunk of the base, if the plan needs it."""
+    return _base_chunk(base, plan.layout, index) if plan.coders else None
+
+
 def _fitting(base: Tensor | None, layout: TensorLayout, length: int) -> Tensor | None:
     """A base's chunk, on a CPU; it must be there if and only if the layout says so."""
     if (base is not None) != layout.delta:
@@ -374,18 +390,3 @@ def _counted(payloads: Iterable[Buffer], layout: TensorLayout) -> Iterator[tuple
     if count != layout.num_chunks:
         came = "more" if count > layout.num_chunks else count
         raise ValueError(f"A tensor of {layout.num_chunks} chunks came with {came} payloads.")
-
-
-def _ordered(function: Callable[[Any], Any], items: Iterable[Any], threads: int) -> Iterator[Any]:
-    """Results in order, of at most ``threads`` items at once."""
-    if threads <= 1:
-        yield from map(function, items)
-        return
-    waiting: deque[Future[Any]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()

@@ -14,9 +14,10 @@ A payload begins with a byte that says which; all numbers are little-endian:
     5 ceiling what reaches it, and a stream: see ``rans_ceiling``
 """
 
+import itertools
 import struct
 import threading
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,13 +25,21 @@ import zstandard
 from numpy.typing import NDArray
 
 from litropy.kernels.rans_ceiling import NO_CEILING, best_ceiling, encode_under_ceiling, put_back, split_ceiling
-from litropy.kernels.rans_stream import encode_rans, parse_stream
+from litropy.kernels.rans_stream import LONG_SEGMENT, encode_rans, parse_stream
 from litropy.kernels.tensor_codec_groups import GROUP, add_offsets, subtract_offsets
-from litropy.kernels.tensor_codec_layout import SEGMENT, Buffer, Coder
-from litropy.kernels.tensor_codec_planes import Bytes, Words, count_bytes, numba_loops
+from litropy.kernels.tensor_codec_layout import SEGMENT, Buffer, Coder, TensorPlan, room_bytes
+from litropy.kernels.tensor_codec_planes import (
+    Bytes,
+    Words,
+    count_bytes,
+    numba_loops,
+    scratch_planes,
+    split_planes,
+    transform,
+)
 
 __all__ = [
-    "CEILING", "RANS", "Plane", "decode_plane", "encode_plane", "pack_planes", "pack_words", "parse_payload",
+    "CEILING", "RANS", "Plane", "decode_plane", "encode_plane", "parse_payload", "scratch_room", "write_chunk",
     "zstd_bytes",
 ]  # fmt: skip
 
@@ -42,6 +51,8 @@ _SIZE = struct.Struct("<I")
 # with tables made anew every 128 KiB
 _LITERALS = {"window_log": 17, "hash_log": 6, "min_match": 7, "strategy": zstandard.STRATEGY_FAST}
 _MATCH_LEVEL = 3
+# symbols that tell most planes from one that repeats a single symbol
+_FIRST = 256
 _threads = threading.local()
 
 
@@ -70,64 +81,116 @@ def zstd_bytes(plane: Bytes, coder: Coder) -> bytes:
     return _compressor(coder).compress(plane.data)
 
 
-def _frame(plane: Bytes, coder: Coder) -> bytes:
+def _put(data: Buffer, room: Bytes) -> int:
+    """Bytes to where a plane goes, if they are fewer than that has; how many they are."""
+    if len(data) < room.size:
+        room[: len(data)] = np.frombuffer(data, np.uint8)
+    return len(data)
+
+
+def _put_frame(plane: Bytes, coder: Coder, room: Bytes) -> int:
     """A Zstandard frame, by our own encoder where matches are not worth a search."""
     if coder == "huffman" and numba_loops() is not None:
         from litropy.kernels.zstd_literals import compress_literals
 
-        if (frame := compress_literals(plane)) is not None:
-            return frame
-    return zstd_bytes(plane, coder)
+        if size := compress_literals(plane, room):
+            return size
+    return _put(zstd_bytes(plane, coder), room)
 
 
-def encode_plane(plane: Bytes, coder: Coder, segment: int = SEGMENT) -> Plane:
-    """Code a plane [n], n > 0, by what the plan says, or by less where that is smaller."""
-    if plane[0] == plane[-1] and (plane == plane[0]).all():
-        return Plane(SAME, plane[:1].data)
-    if coder != "raw":
-        if coder == "rans":
-            coded = _rans(plane, segment)
-        elif coder == "groups":
-            offsets, rest = subtract_offsets(plane)
-            head = zstd_bytes(offsets, "zstd")
-            coded = Plane(GROUPS, b"".join([_SIZE.pack(len(head)), head, _frame(rest, "huffman")]))
-        else:
-            coded = Plane(ZSTD, _frame(plane, coder))
-        if len(coded.data) < plane.size:
-            return coded
-    return Plane(RAW, plane.data)
+def _put_groups(plane: Bytes, room: Bytes) -> int:
+    offsets, rest = subtract_offsets(plane)
+    head = zstd_bytes(offsets, "zstd")
+    start = _put(_SIZE.pack(len(head)) + head, room)
+    return start + _put_frame(rest, "huffman", room[start:])
 
 
-def _rans(plane: Bytes, segment: int) -> Plane:
+def _put_rans(plane: Bytes, room: Bytes, segment: int) -> tuple[int, int]:
     counts = count_bytes(plane)
     ceiling, _ = best_ceiling(counts)
     if ceiling == NO_CEILING:
-        return Plane(RANS, encode_rans(plane, segment, counts))
-    return Plane(CEILING, encode_under_ceiling(plane, ceiling, counts, segment))
+        return RANS, _put(encode_rans(plane, segment, counts), room)
+    return CEILING, _put(encode_under_ceiling(plane, ceiling, counts, segment), room)
 
 
-def pack_words(words: Words) -> bytes:
-    """A payload of words as they are."""
-    return b"".join([_WORDS, words.data])
+def encode_plane(plane: Bytes, coder: Coder, room: Bytes, segment: int = SEGMENT) -> tuple[int, int]:
+    """Code a plane by what the plan says, or by less where that is smaller.
+
+    Args:
+        plane: [n], n > 0.
+        coder: from the plan.
+        room: where to, at least ``room_bytes(n)``; the plane may lie there already.
+        segment: of rANS.
+
+    Returns:
+        The method, and how many bytes.
+    """
+    if (plane[:_FIRST] == plane[0]).all() and (plane == plane[0]).all():
+        room[0] = plane[0]
+        return SAME, 1
+    method, size = RAW, plane.size
+    if coder == "rans":
+        method, size = _put_rans(plane, room, segment)
+    elif coder == "groups":
+        method, size = GROUPS, _put_groups(plane, room)
+    elif coder != "raw":
+        method, size = ZSTD, _put_frame(plane, coder, room)
+    if size < plane.size:
+        return method, size
+    if plane.ctypes.data != room.ctypes.data:
+        room[: plane.size] = plane
+    return RAW, plane.size
 
 
-def pack_planes(planes: Iterable[Plane], word_bytes: int, most: int) -> bytes | None:
-    """A payload of so many coded planes, or None if it had more than ``most`` bytes."""
-    # in memory that is kept, so that of each plane nothing stays between the payloads, which callers keep
-    if not hasattr(_threads, "payload") or _threads.payload.size < most:
-        _threads.payload = np.empty(most, np.uint8)
-    room: Bytes = _threads.payload
-    stop = 1 + word_bytes * _ENTRY.size
-    if stop > most:
-        return None
+def scratch_room(nbytes: int) -> Bytes:
+    """Room for a payload, which this thread's next call gives out again: fresh memory would take long to clear."""
+    if not hasattr(_threads, "room") or _threads.room.size < room_bytes(nbytes):
+        _threads.room = np.empty(room_bytes(nbytes), np.uint8)
+    room: Bytes = _threads.room
+    return room
+
+
+def write_chunk(words: Words, plan: TensorPlan, base: Words | None, room: Bytes) -> int:
+    """Write a payload.
+
+    Args:
+        words: of the chunk.
+        plan: of the tensor.
+        base: words to take differences from, if the plan has a base.
+        room: where to, at least ``room_bytes(words.nbytes)``.
+
+    Returns:
+        How many bytes.
+    """
+    if plan.coders:
+        kind = transform(plan.layout.dtype, plan.layout.delta)
+        segment = LONG_SEGMENT if plan.layout.delta else SEGMENT
+        size = _write_planes(words, kind, base, plan.coders, segment, room)
+        if size <= words.nbytes:
+            return size
+    room[0] = _WORDS[0]
+    room[1 : 1 + words.nbytes] = words.view(np.uint8)
+    return 1 + words.nbytes
+
+
+def _write_planes(
+    words: Words, kind: int, base: Words | None, coders: Sequence[Coder], segment: int, room: Bytes
+) -> int:
     room[0] = _PLANES[0]
-    for k, plane in enumerate(planes):
-        start, stop = stop, stop + len(plane.data)
-        if stop > most:
-            return None
-        room[start:stop] = np.frombuffer(plane.data, np.uint8)
-        _ENTRY.pack_into(room.data, 1 + k * _ENTRY.size, plane.method, stop - start)
-    return room[:stop].tobytes()
+    at, first = 1 + len(coders) * _ENTRY.size, 0
+    # planes that stay as they are go straight to their place, once it is known
+    for stays, run in itertools.groupby(coders, "raw".__eq__):
+        group = list(run)
+        if stays:
+            place = room[at : at + len(group) * words.size].reshape(len(group), words.size)
+            planes = split_planes(words, kind, base, place, first)
+        else:
+            planes = scratch_planes(words, kind, base, first, len(group))
+        for plane, coder in zip(planes, group, strict=True):
+            method, size = encode_plane(plane, coder, room[at:], segment)
+            _ENTRY.pack_into(room.data, 1 + first * _ENTRY.size, method, size)
+            at, first = at + size, first + 1
+    return at
 
 
 def parse_payload(payload: Buffer, count: int, word_bytes: int) -> memoryview | list[Plane]:

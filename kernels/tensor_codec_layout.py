@@ -14,7 +14,7 @@ from torch import Tensor
 
 __all__ = [
     "CHUNK_BYTES", "DTYPES", "SEGMENT", "Base", "Buffer", "Codec", "Coder", "EncodedTensor", "Impl", "TensorLayout",
-    "TensorPlan", "flat_chunk",
+    "TensorPlan", "flat_chunk", "room_bytes",
 ]  # fmt: skip
 
 # bytes of a tensor that a chunk holds unless told otherwise: large enough for its tables not to count
@@ -36,6 +36,11 @@ Coder = Literal["raw", "huffman", "zstd", "zstd_match", "groups", "rans"]
 Impl = Literal["auto", "numba", "torch", "triton"]
 # a whole tensor, or what gives the chunk of an index
 Base: TypeAlias = Tensor | Callable[[int], Tensor] | None
+
+
+def room_bytes(nbytes: int) -> int:
+    """The room to code so many bytes in: while a part of them is coded, it may be larger than it was."""
+    return nbytes + nbytes // 4096 + (1 << 18)
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,7 @@ class EncodedTensor:
 
     layout: TensorLayout
     codec: Codec
-    chunks: tuple[bytes, ...]
+    chunks: tuple[Buffer, ...]
 
     @property
     def nbytes(self) -> int:

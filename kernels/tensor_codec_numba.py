@@ -17,17 +17,20 @@ _ROTATE, _ZIGZAG = 1, 2
 
 # slices instead of offsets, here and below: an index that cannot be negative lets the loops become vector instructions
 @njit(nogil=True, cache=True, error_model="numpy")
-def split(x: Any, kind: int, base: Any, planes: Any) -> None:
-    """Words [n] to planes [bytes, n]; a base of size 0 stands for zeros."""
-    width = planes.shape[0]
-    top = 8 * width - 1
+def split(x: Any, kind: int, base: Any, first: int, planes: Any) -> None:
+    """Planes ``first`` and on of words [n], to planes [m, n]; a base of size 0 stands for zeros."""
+    width = x.itemsize
     scratch = np.empty(_BLOCK, x.dtype)
     for start in range(0, x.size, _BLOCK):
         block = x[start : start + _BLOCK]
         r = scratch[: block.size]
         if kind == _ROTATE:
-            for i in range(r.size):
-                r[i] = (block[i] << 1) | (block[i] >> top)
+            if width == 2:
+                _rotate(block, 15, r)
+            elif width == 4:
+                _rotate(block, 31, r)
+            else:
+                _rotate(block, 63, r)
         elif kind == _ZIGZAG and base.size:
             other = base[start : start + _BLOCK]
             for i in range(r.size):
@@ -36,20 +39,58 @@ def split(x: Any, kind: int, base: Any, planes: Any) -> None:
             for i in range(r.size):
                 r[i] = block[i]
         if kind == _ZIGZAG:
-            for i in range(r.size):
-                r[i] = (r[i] << 1) ^ -(r[i] >> top)
-        for k in range(width - 1, -1, -1):
+            if width == 1:
+                _zigzag(r, 7)
+            elif width == 2:
+                _zigzag(r, 15)
+            elif width == 4:
+                _zigzag(r, 31)
+            else:
+                _zigzag(r, 63)
+        for k in range(planes.shape[0]):
             plane = planes[k, start : start + _BLOCK]
-            for i in range(r.size):
-                plane[i] = r[i]
-                r[i] = r[i] >> 8
+            lower = width - 1 - first - k
+            if lower == 0:
+                _byte(r, 0, plane)
+            elif lower == 1:
+                _byte(r, 8, plane)
+            elif lower == 2:
+                _byte(r, 16, plane)
+            elif lower == 3:
+                _byte(r, 24, plane)
+            else:
+                _byte(r, 8 * lower, plane)
+
+
+# shifts by what the compiler knows are vector instructions of the words' own width, others of 64 bits
+@njit(nogil=True, cache=True, error_model="numpy")
+def _rotate(x: Any, top: int, out: Any) -> None:
+    for i in range(out.size):
+        out[i] = (x[i] << 1) | (x[i] >> top)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _rotate_back(x: Any, top: int, out: Any) -> None:
+    for i in range(out.size):
+        out[i] = (x[i] >> 1) | (x[i] << top)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _zigzag(x: Any, top: int) -> None:
+    for i in range(x.size):
+        x[i] = (x[i] << 1) ^ -(x[i] >> top)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _byte(x: Any, lower: int, out: Any) -> None:
+    for i in range(out.size):
+        out[i] = x[i] >> lower
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def merge(planes: Any, kind: int, base: Any, out: Any) -> None:
     """Planes, a tuple of arrays [n], to words [n]."""
     width = len(planes)
-    top = 8 * width - 1
     scratch = np.empty(_BLOCK, out.dtype)
     for start in range(0, out.size, _BLOCK):
         block = out[start : start + _BLOCK]
@@ -62,8 +103,12 @@ def merge(planes: Any, kind: int, base: Any, out: Any) -> None:
             for i in range(r.size):
                 r[i] = (r[i] << 8) | plane[i]
         if kind == _ROTATE:
-            for i in range(r.size):
-                block[i] = (r[i] >> 1) | (r[i] << top)
+            if width == 2:
+                _rotate_back(r, 15, block)
+            elif width == 4:
+                _rotate_back(r, 31, block)
+            else:
+                _rotate_back(r, 63, block)
         elif kind == _ZIGZAG:
             for i in range(r.size):
                 block[i] = (r[i] >> 1) ^ -(r[i] & 1)

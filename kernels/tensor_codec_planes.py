@@ -83,23 +83,16 @@ def count_bytes(plane: Bytes) -> NDArray[np.int64]:
     return counts
 
 
-def scratch_planes(x: Words) -> Bytes:
-    """Room for the planes of words [n], which this thread's next call gives out again."""
-    if not hasattr(_threads, "planes") or _threads.planes.size < x.nbytes:
-        _threads.planes = np.empty(x.nbytes, np.uint8)
-    planes: Bytes = _threads.planes[: x.nbytes].reshape(x.itemsize, x.size)
-    return planes
-
-
-def split_planes(x: Words, kind: int, base: Words | None, out: Bytes | None = None) -> Bytes:
-    """Words [n] to planes [bytes of a word, n], in ``out`` or in memory of their own."""
-    if x.itemsize == 1 and kind == PLAIN:
-        return x.view(np.uint8)[None]
-    planes = np.empty((x.itemsize, x.size), np.uint8) if out is None else out
+def split_planes(x: Words, kind: int, base: Words | None, out: Bytes | None = None, first: int = 0) -> Bytes:
+    """Words [n] to planes [bytes of a word, n], or in ``out`` [m, n] to m of them, of which ``first`` is the first."""
+    if out is None:
+        if x.itemsize == 1 and kind == PLAIN:
+            return x.view(np.uint8)[None]
+        out = np.empty((x.itemsize, x.size), np.uint8)
     loops = numba_loops() if x.size >= _FEW else None
     if loops is not None:
-        loops.split(read_only(x), kind, read_only(x[:0] if base is None else base), planes)
-        return planes
+        loops.split(read_only(x), kind, read_only(x[:0] if base is None else base), first, out)
+        return out
     bits = 8 * x.itemsize
     for start in range(0, x.size, _BLOCK):
         r = x[start : start + _BLOCK]
@@ -108,9 +101,19 @@ def split_planes(x: Words, kind: int, base: Words | None, out: Bytes | None = No
         elif kind == ZIGZAG:
             r = r if base is None else r - base[start : start + _BLOCK]
             r = (r << 1) ^ (0 - (r >> (bits - 1)))
-        for k, plane in enumerate(planes):
+        for k, plane in enumerate(out, first):
             plane[start : start + _BLOCK] = r >> (bits - 8 - 8 * k)
-    return planes
+    return out
+
+
+def scratch_planes(x: Words, kind: int, base: Words | None, first: int, count: int) -> Bytes:
+    """As ``split_planes``, in memory that this thread's next call gives out again, or the words' own."""
+    if x.itemsize == 1 and kind == PLAIN:
+        return x.view(np.uint8)[None]
+    size = count * x.size
+    if not hasattr(_threads, "planes") or _threads.planes.size < size:
+        _threads.planes = np.empty(size, np.uint8)
+    return split_planes(x, kind, base, _threads.planes[:size].reshape(count, x.size), first)
 
 
 def merge_planes(planes: Sequence[Bytes], kind: int, base: Words | None, out: Words) -> None:

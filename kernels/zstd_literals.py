@@ -14,7 +14,8 @@ import threading
 from typing import Any
 
 import numpy as np
-from numba import njit, uint32, uint64
+from numba import njit, types, uint32, uint64
+from numba.extending import intrinsic
 
 from litropy.kernels.tensor_codec_planes import Bytes, read_only
 
@@ -32,33 +33,30 @@ _HEAD = np.array([0x28, 0xB5, 0x2F, 0xFD, 0x80, (17 - 10) << 3], np.uint8)
 _threads = threading.local()
 
 
-def compress_literals(plane: Bytes) -> bytes | None:
-    """A frame of a plane [n], n < 2^32; None where it holds a byte above 128, whose weight would be written otherwise.
+def compress_literals(plane: Bytes, room: Bytes) -> int:
+    """Write a frame of a plane [n], n < 2^32, to ``room``, of at least ``room_bytes(n)``; how many bytes it has.
+
+    None are written where the plane holds a byte above 128, whose weight would be written otherwise.
 
     Example:
         >>> exponents = np.random.default_rng(0).geometric(0.5, 300_000).astype(np.uint8)
-        >>> len(compress_literals(exponents)) / len(exponents) < 0.252
+        >>> compress_literals(exponents, np.empty(1 << 20, np.uint8)) / len(exponents) < 0.252
         True
     """
-    # a block that turns out larger than it was is written anew
-    room = plane.size + 3 * -(-plane.size // BLOCK) + BLOCK
     # kept from call to call: fresh memory would take long to clear
-    if not hasattr(_threads, "out") or _threads.out.size < room:
-        _threads.out = np.empty(room, np.uint8)
-    out: Bytes = _threads.out
-    out[: _HEAD.size] = _HEAD
-    out[_HEAD.size : _HEAD.size + 4] = np.array([plane.size], "<u4").view(np.uint8)
-    stop = _compress(read_only(plane), out, _HEAD.size + 4)
-    return out[:stop].tobytes() if stop else None
+    if not hasattr(_threads, "pairs"):
+        _threads.pairs = np.empty(1 << 16, np.uint64)
+    room[: _HEAD.size] = _HEAD
+    room[_HEAD.size : _HEAD.size + 4] = np.array([plane.size], "<u4").view(np.uint8)
+    return int(_compress(read_only(plane), _threads.pairs, room, _HEAD.size + 4))
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _compress(symbols: Any, out: Any, at: int) -> int:
+def _compress(symbols: Any, pairs: Any, out: Any, at: int) -> int:
     """Blocks to ``out``; where they end, or 0 for symbols that are too high."""
     counts = np.empty((8, 256), np.uint32)
     bits = np.empty(_SYMBOLS, np.int64)
     codes = np.zeros(256, np.uint64)
-    words = np.empty(BLOCK // 4 * _MOST_BITS // 32 + 4, np.uint32)
     for start in range(0, symbols.size, BLOCK):
         block = symbols[start : start + BLOCK]
         last = 1 if start + BLOCK >= symbols.size else 0
@@ -74,7 +72,7 @@ def _compress(symbols: Any, out: Any, at: int) -> int:
             continue
         size = block.size
         if size >= _LEAST_BLOCK and _code_lengths(_count(block, low, high, counts), bits):
-            size = _coded_block(block, bits[: high + 1], codes, words, out[at + 3 :])
+            size = _coded_block(block, bits[: high + 1], codes, pairs, out[at + 3 :])
         if size < block.size:
             at = _number(out, at, last | _CODED << 1 | size << 3, 3) + size
         else:
@@ -158,17 +156,18 @@ def _code_lengths(count: Any, bits: Any) -> bool:
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _coded_block(block: Any, bits: Any, codes: Any, words: Any, out: Any) -> int:
+def _coded_block(block: Any, bits: Any, codes: Any, pairs: Any, out: Any) -> int:
     """A block's bytes to ``out``; how many."""
     longest = bits.max()
-    # codes of a length are consecutive, the longest ones come first: value 2^8 + length
+    # codes of a length are consecutive, the longest come first: in the highest bits, and their length in the lowest
     value = 0
     for length in range(longest, 0, -1):
         for symbol in range(bits.size):
             if bits[symbol] == length:
-                codes[symbol] = uint64(value << 8 | length)
+                codes[symbol] = uint64(value << (64 - length) | length)
                 value += 1
         value >>= 1
+    _pair_codes(bits, codes, pairs)
     at = 5
     # the last symbol's weight follows from the others'
     out[at] = 127 + bits.size - 1
@@ -181,8 +180,7 @@ def _coded_block(block: Any, bits: Any, codes: Any, words: Any, out: Any) -> int
     at += 7
     quarter = (block.size + 3) // 4
     for k in range(4):
-        length = _stream(block[k * quarter : (k + 1) * quarter], codes, words)
-        out[at : at + length] = words.view(np.uint8)[:length]
+        length = _stream(block[k * quarter : (k + 1) * quarter], codes, pairs, out[at:])
         at += length
         if k < 3:
             _number(out, sizes + 2 * k, length, 2)
@@ -193,27 +191,76 @@ def _coded_block(block: Any, bits: Any, codes: Any, words: Any, out: Any) -> int
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _stream(symbols: Any, codes: Any, words: Any) -> int:
-    """Codes from the last symbol to the first, and a one at the end; how many bytes."""
-    one, two, five, eight = uint64(1), uint64(2), uint64(5), uint64(8)
+def _pair_codes(bits: Any, codes: Any, pairs: Any) -> None:
+    """Codes of two neighbours, the second one's before the first one's, by both as one number of 16 bits.
+
+    Few symbols are likely, so that those of the 65,536 entries that are looked up stay in the first cache.
+    """
+    length = uint64(63)
+    present = np.flatnonzero(bits)
+    for second in present:
+        row = pairs[second << 8 : (second + 1) << 8]
+        low = codes[second]
+        for first in present:
+            high = codes[first]
+            row[first] = (((low & ~length) >> (high & length)) | (high & ~length)) + ((low + high) & length)
+
+
+@intrinsic
+def _two_at(typing: Any, array: Any, index: Any) -> Any:
+    """Bytes ``index`` and ``index`` + 1 as one number, at any address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        pair, number = context.get_value_type(types.uint16), context.get_value_type(types.uint64)
+        place = builder.bitcast(builder.gep(data, [arguments[1]]), pair.as_pointer())
+        return builder.zext(builder.load(place, align=1), number)
+
+    return types.uint64(array, types.uint64), generate
+
+
+@intrinsic
+def _put_eight(typing: Any, array: Any, index: Any, value: Any) -> Any:
+    """A number to bytes ``index`` to ``index`` + 7, at any address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        number = context.get_value_type(types.uint64)
+        place = builder.bitcast(builder.gep(data, [arguments[1]]), number.as_pointer())
+        builder.store(arguments[2], place, align=1)
+        return context.get_dummy_value()
+
+    return types.void(array, types.uint64, types.uint64), generate
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _stream(symbols: Any, codes: Any, pairs: Any, out: Any) -> int:
+    """Codes from the last symbol to the first, and a one at the end; how many bytes. Seven more may be written."""
+    one, two, three, four, seven = uint64(1), uint64(2), uint64(3), uint64(4), uint64(7)
     # shifts are by less than 64, which the compiler cannot know
-    low, mask = uint64(31), uint64(63)
+    mask = uint64(63)
+    # the highest ``used`` bits are still to be written; what lies below them is of no meaning
     held, used, at = uint64(0), uint64(0), uint64(0)
     i = uint64(symbols.size)
-    if i & one:
+    while i & three:
         i -= one
-        held, used = codes[symbols[i]] >> eight, codes[symbols[i]] & mask
-    for _ in range(symbols.size // 2):
-        i -= two
-        first, second = codes[symbols[i + one]], codes[symbols[i]]
-        pair = (first >> eight) | ((second >> eight) << (first & mask))
-        held |= pair << used
-        used += (first & mask) + (second & mask)
-        words[at] = uint32(held)
-        full = used >> five
-        at += full
-        held >>= (full << five) & mask
-        used &= low
-    held |= one << used
-    words[at] = uint32(held)
-    return int(4 * at + ((used + eight) >> uint64(3)))
+        code = codes[symbols[i]]
+        held = (held >> (code & mask)) | code
+        used += code & mask
+    _put_eight(out, at, held >> ((uint64(0) - used) & mask))
+    at += used >> three
+    used &= seven
+    # 7 bits at most are held and 44 come; the lowest 8 are lengths
+    while i:
+        i -= four
+        later, former = pairs[_two_at(symbols, i + two)], pairs[_two_at(symbols, i)]
+        length = (later & mask) + (former & mask)
+        held = (held >> length) | (later >> (former & mask)) | former
+        used += length
+        _put_eight(out, at, held >> ((uint64(0) - used) & mask))
+        at += used >> three
+        used &= seven
+    held = (held >> one) | (one << mask)
+    used += one
+    _put_eight(out, at, held >> ((uint64(0) - used) & mask))
+    return int(at + ((used + seven) >> three))
