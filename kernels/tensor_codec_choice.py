@@ -5,7 +5,9 @@ rANS only where that saves so many bytes of the tensor.
 """
 
 from collections.abc import Iterator
+from functools import cached_property
 from heapq import heapify, heappop, heapreplace
+from math import log
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +38,7 @@ _FRAME, _TABLE, _BLOCK_BYTES = 13, 14, 1 << 17
 # the least share of a tensor's bytes that a plane's coder must save to be taken: any at all over raw bytes, LZ matches
 # over Huffman codes alone, offsets of groups over one scale for all, and rANS over Zstandard
 _LEAST_SAVING = {"huffman": 0.002, "zstd": 0.002, "zstd_match": 0.02, "groups": 0.005, "rans": 0.005}
+_LEAST_OF_DELTAS = {"rans": 0.0005}
 _CANDIDATES: dict[Codec, tuple[Coder, ...]] = {
     "zstd": ("huffman", "zstd", "zstd_match", "groups"),
     "rans": ("rans",),
@@ -73,62 +76,98 @@ def choose_coders(
     Returns:
         A coder for each plane, and bytes.
     """
-    if codec == "auto" and words * len(planes) <= FEW_BYTES:
-        coder: Coder = "zstd"
-        return (coder,) * len(planes), sum(min(len(zstd_bytes(plane, coder)), plane.size) for plane in planes)
-    chunk = min(chunk, words)
+    candidates, whole = _CANDIDATES[codec], words * len(planes)
+    samples = [_Sample(plane, words, min(chunk, words), LONG_SEGMENT if delta else SEGMENT) for plane in planes]
+    if codec == "auto" and whole <= FEW_BYTES:
+        few: Coder = "zstd"
+        return (few,) * len(planes), round(sum(min(sample.frame(few), words) for sample in samples))
     # sequences that occur again are not to be found in floats and differences
     matching = kind != ROTATE and not delta
-    least = _LEAST_SAVING | ({"rans": 0.0005} if delta else {})
+    least = {coder: share * whole for coder, share in (_LEAST_SAVING | (_LEAST_OF_DELTAS if delta else {})).items()}
     chosen: list[Coder] = []
     total = 0.0
-    for plane in planes:
-        counts = count_bytes(plane)
-        p = counts[counts > 0] / plane.size
-        # a sample has less entropy than what it is of (Miller and Madow)
-        unseen = (len(p) - 1) / (2 * plane.size * np.log(2)) if plane.size < words else 0.0
-        entropy = min(unseen - float(p @ np.log2(p)), 8.0)
+    for sample in samples:
         best: Coder = "raw"
         sizes = {best: float(words)}
-        for coder in _CANDIDATES[codec]:
-            worth = least[coder] * words * len(planes)
-            if not matching if coder == "zstd_match" else entropy > _NOISE:
+        for coder in candidates:
+            if not matching if coder == "zstd_match" else sample.entropy > _NOISE:
                 continue
-            if coder in ("huffman", "rans") and sizes[best] - entropy / 8 * words <= worth:
+            if coder in ("huffman", "rans") and sizes[best] - sample.entropy / 8 * words <= least[coder]:
                 continue
             if coder == "rans":
-                size = best_ceiling(counts * (chunk / plane.size))[1] / chunk + unseen / 8
-                sizes[coder] = size * words + states_bytes(words, LONG_SEGMENT if delta else SEGMENT)
+                sizes[coder] = sample.rans
             elif coder == "huffman":
-                if entropy <= _LEAST_BITS or p.max() > _MOST_LIKELY:
+                if sample.entropy <= _LEAST_BITS or sample.likeliest > _MOST_LIKELY:
                     continue
-                if counts[_SYMBOLS:].any():
-                    # not by our own encoder
-                    sizes[coder] = _frame_bytes(plane, coder, words)
-                else:
-                    tables = -(-words // _BLOCK_BYTES) * (_TABLE + len(p) / 2)
-                    sizes[coder] = (_huffman_bits(counts) + unseen) / 8 * words + tables
+                sizes[coder] = sample.huffman
+                # Zstandard's own encoder, which takes all bytes, gets no smaller: is rANS anyway?
+                if sample.high and ("rans" not in candidates or sample.huffman - sample.rans <= least["rans"]):
+                    sizes[coder] = sample.frame(coder)
             elif coder == "groups":
                 # of the exponent alone: elsewhere there is no scale
                 if kind != ROTATE or chosen:
                     continue
-                offsets, rest = subtract_offsets(plane)
-                bits = _huffman_bits(count_bytes(rest)) + (_entropy(offsets) + 1) / GROUP
-                sizes[coder] = bits / 8 * words
+                sizes[coder] = sample.groups
             elif coder == "zstd" and "huffman" in sizes and not matching:
                 continue
             else:
-                sizes[coder] = _frame_bytes(plane, coder, words)
-            if sizes[best] - sizes[coder] > worth:
+                sizes[coder] = sample.frame(coder)
+            if sizes[best] - sizes[coder] > least[coder]:
                 best = coder
         chosen.append(best)
         total += sizes[best]
     return tuple(chosen), round(total)
 
 
-def _frame_bytes(plane: Bytes, coder: Coder, words: int) -> float:
-    """Bytes of a Zstandard frame of so many words, which are like these."""
-    return _FRAME + (len(zstd_bytes(plane, coder)) - _FRAME) * words / plane.size
+class _Sample:
+    """A plane of a sample, and how many bytes coders are likely to make of the whole plane."""
+
+    def __init__(self, plane: Bytes, words: int, chunk: int, segment: int) -> None:
+        self.plane, self.words, self.chunk, self.segment = plane, words, chunk, segment
+
+    @cached_property
+    def counts(self) -> NDArray[np.int64]:
+        return count_bytes(self.plane)
+
+    @property
+    def likeliest(self) -> float:
+        """Share of the byte that occurs most."""
+        return int(self.counts.max()) / self.plane.size
+
+    @property
+    def high(self) -> bool:
+        """Whether bytes occur that our own encoder of Huffman codes does not take."""
+        return bool(self.counts[_SYMBOLS:].any())
+
+    @cached_property
+    def unseen(self) -> float:
+        """Bits of entropy a byte that a sample has less than what it is of (Miller and Madow)."""
+        return (
+            (np.count_nonzero(self.counts) - 1) / (2 * self.plane.size * log(2)) if self.plane.size < self.words else 0
+        )
+
+    @cached_property
+    def entropy(self) -> float:
+        return min(_entropy(self.counts) + self.unseen, 8.0)
+
+    @cached_property
+    def rans(self) -> float:
+        stream = best_ceiling(self.counts * (self.chunk / self.plane.size))[1] / self.chunk
+        return (stream + self.unseen / 8) * self.words + states_bytes(self.words, self.segment)
+
+    @cached_property
+    def huffman(self) -> float:
+        tables = -(-self.words // _BLOCK_BYTES) * (_TABLE + np.count_nonzero(self.counts) / 2)
+        return (_huffman_bits(self.counts) + self.unseen) / 8 * self.words + tables
+
+    @property
+    def groups(self) -> float:
+        offsets, rest = subtract_offsets(self.plane)
+        return (_huffman_bits(count_bytes(rest)) + (_entropy(count_bytes(offsets)) + 1) / GROUP) / 8 * self.words
+
+    def frame(self, coder: Coder) -> float:
+        """Of a Zstandard frame."""
+        return _FRAME + (len(zstd_bytes(self.plane, coder)) - _FRAME) * self.words / self.plane.size
 
 
 def _huffman_bits(counts: NDArray[np.int64]) -> float:
@@ -144,8 +183,7 @@ def _huffman_bits(counts: NDArray[np.int64]) -> float:
     return total / int(counts.sum())
 
 
-def _entropy(symbols: Bytes) -> float:
+def _entropy(counts: NDArray[np.int64]) -> float:
     """Bits of a byte."""
-    counts = count_bytes(symbols)
-    p = counts[counts > 0] / symbols.size
+    p = counts[counts > 0] / counts.sum()
     return -float(p @ np.log2(p))

@@ -13,6 +13,7 @@ sign; of a float32, planes 1 to 3 are.
 import functools
 import importlib
 import importlib.util
+import sys
 import threading
 from collections.abc import Sequence
 from types import ModuleType
@@ -33,7 +34,7 @@ Words = NDArray[Any]  # unsigned, of any width
 PLAIN, ROTATE, ZIGZAG = 0, 1, 2
 # words that NumPy works on at once, so that they stay in the cache
 _BLOCK = 16384
-# below this many words compiling would take longer than NumPy does
+# below this many words loading compiled loops would take longer than NumPy does
 _FEW = 65536
 _threads = threading.local()
 
@@ -44,6 +45,11 @@ def numba_loops() -> ModuleType | None:
     if importlib.util.find_spec("numba") is None:
         return None
     return importlib.import_module("litropy.kernels.tensor_codec_numba")
+
+
+def _loops(count: int) -> ModuleType | None:
+    """The compiled loops where they are loaded already, or so many words are worth it."""
+    return numba_loops() if count >= _FEW or "litropy.kernels.tensor_codec_numba" in sys.modules else None
 
 
 def read_only(x: NDArray[Any]) -> NDArray[Any]:
@@ -76,7 +82,7 @@ def transform(dtype: torch.dtype, delta: bool) -> int:
 
 def count_bytes(plane: Bytes) -> NDArray[np.int64]:
     """How often each byte occurs, [256]."""
-    loops = numba_loops() if plane.size >= _FEW else None
+    loops = _loops(plane.size)
     counts: NDArray[np.int64] = (
         np.bincount(plane, minlength=256) if loops is None else loops.histogram(read_only(plane))
     )
@@ -89,7 +95,7 @@ def split_planes(x: Words, kind: int, base: Words | None, out: Bytes | None = No
         if x.itemsize == 1 and kind == PLAIN:
             return x.view(np.uint8)[None]
         out = np.empty((x.itemsize, x.size), np.uint8)
-    loops = numba_loops() if x.size >= _FEW else None
+    loops = _loops(x.size)
     if loops is not None:
         loops.split(read_only(x), kind, read_only(x[:0] if base is None else base), first, out)
         return out
@@ -118,7 +124,7 @@ def scratch_planes(x: Words, kind: int, base: Words | None, first: int, count: i
 
 def merge_planes(planes: Sequence[Bytes], kind: int, base: Words | None, out: Words) -> None:
     """The inverse of ``split_planes``: planes, each [n], to words [n]."""
-    loops = numba_loops() if out.size >= _FEW else None
+    loops = _loops(out.size)
     if loops is not None:
         loops.merge(tuple(map(read_only, planes)), kind, read_only(out[:0] if base is None else base), out)
         return
