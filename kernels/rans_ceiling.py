@@ -21,9 +21,9 @@ from torch import Tensor
 from litropy.kernels.rans_stream import encode_rans
 from litropy.kernels.rans_tables import TOTAL
 from litropy.kernels.tensor_codec_layout import Buffer
-from litropy.kernels.tensor_codec_planes import Bytes
+from litropy.kernels.tensor_codec_planes import Bytes, count_bytes
 
-__all__ = ["NO_CEILING", "best_ceiling", "encode_under_ceiling", "put_back", "put_back_torch", "split_ceiling"]
+__all__ = ["NO_CEILING", "best_ceiling", "encode_clipped", "put_back", "put_back_torch", "split_ceiling"]
 
 NO_CEILING = 256
 # the least share of a plane's bytes that a ceiling must save: decoding has to put back what reaches it
@@ -68,12 +68,16 @@ def _bits(counts: NDArray[Any], slots: NDArray[Any]) -> NDArray[Any]:
     return -counts * np.log2(slots, out=np.zeros(len(slots)), where=slots > 0)
 
 
-def encode_under_ceiling(symbols: Bytes, ceiling: int, counts: NDArray[np.int64], segment: int) -> bytes:
-    """Symbols [n], n > 0, of known counts, as a list and a stream."""
+def encode_clipped(symbols: Bytes, segment: int) -> tuple[int, bytes]:
+    """Symbols [n], n > 0, under the best ceiling: that, and the list and the stream, or the stream alone under none."""
+    counts = count_bytes(symbols)
+    ceiling, _ = best_ceiling(counts)
+    if ceiling == NO_CEILING:
+        return ceiling, encode_rans(symbols, segment, counts)
     high = symbols[np.flatnonzero(symbols >= ceiling)]
     clipped = np.zeros_like(counts)
     clipped[:ceiling], clipped[ceiling] = counts[:ceiling], len(high)
-    return _HEAD.pack(ceiling, len(high)) + high.tobytes() + encode_rans(symbols, segment, clipped)
+    return ceiling, _HEAD.pack(ceiling, len(high)) + high.tobytes() + encode_rans(symbols, segment, clipped)
 
 
 def split_ceiling(data: Buffer, count: int) -> tuple[int, Bytes, memoryview]:

@@ -24,14 +24,13 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from litropy.kernels.rans_ceiling import NO_CEILING, best_ceiling, encode_under_ceiling, put_back, split_ceiling
-from litropy.kernels.rans_stream import LONG_SEGMENT, encode_rans, parse_stream
+from litropy.kernels.rans_ceiling import NO_CEILING, encode_clipped, put_back, split_ceiling
+from litropy.kernels.rans_stream import LONG_SEGMENT, parse_stream
 from litropy.kernels.tensor_codec_groups import GROUP, add_offsets, subtract_offsets
 from litropy.kernels.tensor_codec_layout import SEGMENT, Buffer, Coder, TensorPlan, room_bytes
 from litropy.kernels.tensor_codec_planes import (
     Bytes,
     Words,
-    count_bytes,
     numba_loops,
     scratch_planes,
     split_planes,
@@ -106,11 +105,8 @@ def _put_groups(plane: Bytes, room: Bytes) -> int:
 
 
 def _put_rans(plane: Bytes, room: Bytes, segment: int) -> tuple[int, int]:
-    counts = count_bytes(plane)
-    ceiling, _ = best_ceiling(counts)
-    if ceiling == NO_CEILING:
-        return RANS, _put(encode_rans(plane, segment, counts), room)
-    return CEILING, _put(encode_under_ceiling(plane, ceiling, counts, segment), room)
+    ceiling, stream = encode_clipped(plane, segment)
+    return RANS if ceiling == NO_CEILING else CEILING, _put(stream, room)
 
 
 def encode_plane(plane: Bytes, coder: Coder, room: Bytes, segment: int = SEGMENT) -> tuple[int, int]:
