@@ -1,5 +1,8 @@
 """Lets Hugging Face's ``from_pretrained`` read compressed folders: a quantizer whose weights decode bit for bit."""
 
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -46,6 +49,7 @@ class CompressedQuantizer(HfQuantizer):
     """Decodes every tensor of the file, before whatever else the architecture does with it."""
 
     _leaves: tuple[str, ...] = ()
+    _dtype_plan: Mapping[str, torch.dtype] = MappingProxyType({})
 
     def update_attn_implementation(self, config: Any) -> Any:
         """See the config before the weights' file is looked for.
@@ -67,15 +71,20 @@ class CompressedQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self._leaves = tuple(sorted({name.rpartition(".")[2] for name in model.state_dict()}))
-        if not hasattr(HfQuantizer, "get_new_dtype"):
-            # older versions cast payloads to what their plan says by pattern: to nothing, until all are decoded
-            self._dtype_plan, model.dtype_plan = model.dtype_plan, dict.fromkeys(self._leaves)
-            self._model_type = model.config.model_type
+        self._model_type = model.config.model_type
+        # what is read is cast to what the model's plan says by pattern: to nothing, until it is decoded
+        nothing = dict.fromkeys(self._leaves)
+        if hasattr(model, "dtype_plan"):  # transformers 5.0
+            self._dtype_plan, model.dtype_plan = model.dtype_plan, nothing
+        else:
+            self._dtype_plan, model._get_dtype_plan = model._get_dtype_plan(model.dtype), lambda dtype: nothing
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        if not hasattr(HfQuantizer, "get_new_dtype"):
+        if hasattr(model, "dtype_plan"):
             model.dtype_plan = self._dtype_plan
+        else:
+            del model._get_dtype_plan
         # what is saved from here on is plain: only the architecture's own conversions are to be undone
         kept = []
         for conversion in getattr(model, "_weight_conversions", None) or []:
@@ -110,6 +119,11 @@ class CompressedQuantizer(HfQuantizer):
                 converter.operations = [Decode(self), *converter.operations]
         return [*weight_conversions, *self.get_weight_conversions()]
 
+    def dtype_of(self, name: str, parameter: Tensor) -> torch.dtype:
+        """What a decoded tensor is cast to: some architectures keep some parameters in float32 in any case."""
+        planned = (dtype for pattern, dtype in self._dtype_plan.items() if re.search(pattern.replace("*", ".*"), name))
+        return next(planned, parameter.dtype)
+
     def is_serializable(self) -> bool:
         """Whether ``save_pretrained`` may be called."""
         return True
@@ -142,7 +156,7 @@ class Decode(ConversionOps):
         target = model.get_parameter_or_buffer(full_layer_name) if model is not None else None
         if isinstance(target, DTensor):
             raise ValueError(f"{full_layer_name} is sharded: {_NO_PLANS}")
-        dtype = None if target is None else target.dtype
+        dtype = None if target is None else self.hf_quantizer.dtype_of(full_layer_name, target)
         return {
             pattern: [
                 _decode(value, dtype, full_layer_name) for value in (values if isinstance(values, list) else [values])
