@@ -87,7 +87,7 @@ def load_file(
         ValueError: if the file is damaged or no such file, naming the tensor.
     """
     with CheckpointFile(path, base) as file:
-        return {name: file.tensor(name, device, threads) for name in file.names}
+        return dict(file.tensors(file.names, device, threads))
 
 
 def open_file(path: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None) -> CheckpointFile:

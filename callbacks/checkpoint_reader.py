@@ -3,7 +3,8 @@
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from litropy.callbacks.checkpoint_header import Header, read_header
 from litropy.callbacks.checkpoint_record import Record, read_record, tensor_bytes
+from litropy.kernels.host_memory import empty
+from litropy.kernels.in_order import in_order
 from litropy.kernels.tensor_codec import TensorLayout, decode_chunk, decode_chunks
 
 __all__ = ["BASES", "CheckpointFile"]
@@ -140,13 +143,57 @@ class CheckpointFile:
             payloads = self._payloads(name, record, progress)
             base = self._base_chunk(name, layout) if layout.delta else None
             tensor = decode_chunks(payloads, layout, base=base, device=device, threads=threads)
-            # on a CPU the decoded bytes are checked too, which costs little beside decoding
-            if (
-                tensor.device.type == "cpu"
-                and xxhash.xxh3_128_digest(tensor_bytes(tensor.reshape(-1))) != record.digest
-            ):
-                raise ValueError("the checksum of its values is wrong")
+            _check_values(tensor, record)
         return tensor
+
+    def tensors(
+        self,
+        names: Iterable[str],
+        device: str | torch.device = "cpu",
+        threads: int = 1,
+        progress: Callable[[int], None] | None = None,
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Read tensors one after the other, as ``tensor`` does; on a CPU, threads need not wait for a small one's end.
+
+        Args:
+            names: of ``names``, in any order.
+            device: where to decode.
+            threads: how many chunks to decode at the same time; so many and one are ahead of the tensor that comes.
+            progress: is told the bytes of each chunk that is read.
+
+        Yields:
+            Names and tensors.
+
+        Raises:
+            ValueError: if one is damaged, or its base is missing or another file.
+        """
+        if threads == 1 or torch.device(device).type != "cpu":
+            for name in names:
+                yield name, self.tensor(name, device, threads, progress)
+            return
+
+        def pieces() -> Iterator[tuple[str, Record, Tensor, int]]:
+            for name in names:
+                record = self._record(name)
+                out = empty(record.layout.shape, record.layout.dtype)
+                for index in range(max(record.layout.num_chunks, 1)):
+                    yield name, record, out, index
+
+        with closing(in_order(self._decode_piece, pieces(), threads)) as decoded:
+            for name, record, out, index in decoded:
+                if record.layout.numel and progress is not None:
+                    progress(_chunk_bytes(record.layout, index))
+                if index + 1 >= record.layout.num_chunks:
+                    with self._naming(name):
+                        _check_values(out, record)
+                    yield name, out
+
+    def _decode_piece(self, piece: tuple[str, Record, Tensor, int]) -> tuple[str, Record, Tensor, int]:
+        name, record, out, index = piece
+        if record.layout.numel:
+            start, stop = record.layout.chunk_range(index)
+            self._decode_chunk(name, record, index, out.view(-1)[start:stop])
+        return piece
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Read rows ``start`` to ``stop`` of a tensor; only the chunks that hold them are read.
@@ -171,18 +218,19 @@ class CheckpointFile:
 
     def chunk(self, name: str, index: int) -> Tensor:
         """Decode one chunk, 1-D on a CPU."""
-        record = self._record(name)
+        return self._decode_chunk(name, self._record(name), index)
+
+    def _decode_chunk(self, name: str, record: Record, index: int, out: Tensor | None = None) -> Tensor:
         with self._naming(name):
             payload = record.payload(self._reader(name), index)
             base = self._base_chunk(name, record.layout)(index) if record.layout.delta else None
-            return decode_chunk(payload, record.layout, index, base=base)
+            return decode_chunk(payload, record.layout, index, base=base, out=out)
 
     def _payloads(self, name: str, record: Record, progress: Callable[[int], None] | None) -> Iterator[bytes]:
         for index, payload in enumerate(record.payloads(self._reader(name))):
             yield payload
             if progress is not None:
-                first, last = record.layout.chunk_range(index)
-                progress((last - first) * record.layout.dtype.itemsize)
+                progress(_chunk_bytes(record.layout, index))
 
     def _record(self, name: str) -> Record:
         name = self._aliases.get(name, name)
@@ -260,6 +308,17 @@ class _Naming:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, ValueError) and not str(error).startswith(self.what):
             raise ValueError(f"{self.what} cannot be read: {error}.") from error
+
+
+def _chunk_bytes(layout: TensorLayout, index: int) -> int:
+    first, last = layout.chunk_range(index)
+    return (last - first) * layout.dtype.itemsize
+
+
+def _check_values(tensor: Tensor, record: Record) -> None:
+    """On a CPU the decoded bytes are checked too, which costs little beside decoding."""
+    if tensor.device.type == "cpu" and xxhash.xxh3_128_digest(tensor_bytes(tensor.reshape(-1))) != record.digest:
+        raise ValueError("the checksum of its values is wrong")
 
 
 def _are_strings(value: Any) -> bool:

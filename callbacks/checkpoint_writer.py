@@ -1,21 +1,29 @@
 """Write tensors, one chunk at a time, into a compressed file."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 import xxhash
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from litropy.callbacks.checkpoint_atomic import atomic_write
 from litropy.callbacks.checkpoint_header import Region, parse_header, render_header
 from litropy.callbacks.checkpoint_reader import CheckpointFile
 from litropy.callbacks.checkpoint_record import head_bytes, most_bytes, render_head, tensor_bytes
-from litropy.kernels.tensor_codec import TensorPlan, encode_chunks, flat_chunk, plan_tensor
-from litropy.kernels.tensor_codec_layout import Codec
+from litropy.kernels.host_memory import Rooms
+from litropy.kernels.in_order import in_order
+from litropy.kernels.tensor_codec import TensorPlan, encode_chunk_into, flat_chunk, plan_tensor
+from litropy.kernels.tensor_codec_base import plan_base
+from litropy.kernels.tensor_codec_layout import Codec, room_bytes
 
 __all__ = ["Written", "write_checkpoint"]
 
@@ -46,6 +54,13 @@ class _Planned:
     base: Callable[[int], Tensor] | None
 
 
+@dataclass(frozen=True)
+class _Coded:
+    room: NDArray[np.uint8]
+    payload: memoryview
+    checksum: int
+
+
 def write_checkpoint(
     tensors: Mapping[str, Tensor],
     path: Path,
@@ -57,7 +72,7 @@ def write_checkpoint(
     progress: Callable[[int], None] | None = None,
     before_rename: Callable[[], None] | None = None,
 ) -> Written:
-    """Write tensors and state, whole or not at all; peak memory is a few chunks.
+    """Write tensors and state, whole or not at all; ``threads`` + 1 chunks are held at most.
 
     Args:
         tensors: of any device, strides and sharing; a tensor that is the same view as another is stored once.
@@ -65,7 +80,7 @@ def write_checkpoint(
         state: JSON to keep beside them.
         codec: how to code; auto takes the smaller for each tensor.
         base: an open file to code differences against, where those are smaller.
-        threads: how many chunks to encode at the same time.
+        threads: how many chunks to encode at the same time, of several tensors where one has too few.
         progress: is told the bytes of each chunk that is done.
         before_rename: is called when everything is written, just before the file takes its name.
 
@@ -75,6 +90,7 @@ def write_checkpoint(
     """
     names, aliases = _shared(tensors)
     planned = {name: _plan(name, tensors[name], codec, base) for name in names}
+    pieces = ((plan, index) for plan in planned.values() for index in range(plan.plan.layout.num_chunks))
     deltas = sum(plan.base is not None for plan in planned.values())
     metadata = {"litropy_state": json.dumps(state, separators=(",", ":")), "litropy_aliases": json.dumps(aliases)}
     if deltas:
@@ -83,12 +99,13 @@ def write_checkpoint(
     room = _most_header_bytes(planned, metadata)
     regions: dict[str, Region] = {}
     checksums: dict[str, str] = {}
-    with atomic_write(path) as file:
+    rooms = Rooms()
+    with atomic_write(path) as file, closing(in_order(partial(_encode, rooms), pieces, threads)) as coded:
         file.seek(room)
         for name, plan in planned.items():
             start = file.tell() - room
             try:
-                checksums[name] = _write_tensor(file, plan, threads, progress)
+                checksums[name] = _write_tensor(file, plan, coded, rooms, progress)
             except ValueError as error:
                 raise ValueError(f"Tensor {name!r} cannot be stored: {error}") from error
             regions[name] = Region(start, file.tell() - room, plan.tensor.dim())
@@ -151,19 +168,36 @@ def _plan(name: str, tensor: Tensor, codec: Codec, base: CheckpointFile | None) 
     return _Planned(tensor, alone, None)
 
 
-def _write_tensor(file: IO[bytes], planned: _Planned, threads: int, progress: Callable[[int], None] | None) -> str:
+def _encode(rooms: Rooms, piece: tuple[_Planned, int]) -> _Coded:
+    planned, index = piece
+    values = flat_chunk(planned.tensor, planned.plan.layout, index)
+    room = rooms.take(room_bytes(values.nbytes))
+    size = encode_chunk_into(values, planned.plan, room, base=plan_base(planned.base, planned.plan, index))
+    payload = room[:size].data
+    return _Coded(room, payload, xxhash.xxh3_64_intdigest(payload))
+
+
+def _write_tensor(
+    file: IO[bytes],
+    planned: _Planned,
+    coded: Iterator[_Coded],
+    rooms: Rooms,
+    progress: Callable[[int], None] | None,
+) -> str:
+    """Take a tensor's chunks from what is coded, in order, and write them; the checksum of its head."""
     layout = planned.plan.layout
     start, room = file.tell(), head_bytes(layout)
     lengths: list[int] = []
     checksums: list[int] = []
     digest = xxhash.xxh3_128()
     file.seek(start + room)
-    for index, payload in enumerate(encode_chunks(planned.tensor, planned.plan, base=planned.base, threads=threads)):
+    for index, chunk in enumerate(islice(coded, layout.num_chunks)):
         first, last = layout.chunk_range(index)
         digest.update(tensor_bytes(flat_chunk(planned.tensor, layout, index)))
-        file.write(payload)
-        lengths.append(len(payload))
-        checksums.append(xxhash.xxh3_64_intdigest(payload))
+        file.write(chunk.payload)
+        lengths.append(len(chunk.payload))
+        checksums.append(chunk.checksum)
+        rooms.give(chunk.room)
         if progress is not None:
             progress((last - first) * layout.dtype.itemsize)
     end = file.tell()

@@ -43,9 +43,12 @@ def read_checkpoint(
         if not isinstance(state, dict) or state.get("kind") != KIND or not isinstance(state.get("tree"), dict):
             raise ValueError(f"{path} holds tensors, but no training checkpoint; `load_file` reads it.")
         tree = {key: value for key, value in state["tree"].items() if key not in without}
+        # tensors are named by their path; whatever else the tree may ask for is read then
+        wanted = [name for name in file.names if name.partition("/")[0] in tree]
+        loaded = dict(file.tensors(wanted, device, threads))
 
         def tensor_named(name: str) -> torch.Tensor:
-            return file.tensor(name, device, threads)
+            return loaded.pop(name) if name in loaded else file.tensor(name, device, threads)
 
         try:
             return unflatten_tree(tree, tensor_named)

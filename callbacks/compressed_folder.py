@@ -115,7 +115,7 @@ def decompress_folder(
     with _new_folder(destination) as folder:
         for name in _shards(source, f".{VARIANT}"):
             with CheckpointFile(source / name) as file:
-                tensors = {key: file.tensor(key, threads=threads, progress=progress) for key in file.names}
+                tensors = dict(file.tensors(file.names, threads=threads, progress=progress))
             new = name.replace(f"model.{VARIANT}", "model", 1)
             safetensors.torch.save_file(tensors, folder / new, metadata={"format": "pt"})
         _copy_index(source, folder, f".{VARIANT}", "", lambda name: name.replace(f"model.{VARIANT}", "model", 1))
@@ -144,8 +144,7 @@ def verify(
     report: dict[str, Any] = {"tensor_bytes": 0, "file_bytes": 0, "tensors": 0, "digests": {}}
     for part in files:
         with CheckpointFile(part) as file:
-            for name in file.names:
-                tensor = file.tensor(name, threads=threads, progress=progress)
+            for name, tensor in file.tensors(file.names, threads=threads, progress=progress):
                 report["tensor_bytes"] += tensor.nbytes if file.stored_bytes(name) else 0
                 report["tensors"] += 1
             report["file_bytes"] += part.stat().st_size
@@ -194,10 +193,9 @@ def _write_json(path: Path, content: Any) -> None:
 def _compare(tensors: dict[str, Tensor], path: Path, threads: int) -> None:
     """The reader checks each tensor against the digest that was taken from the original while it was written."""
     with CheckpointFile(path) as file:
-        for name, tensor in tensors.items():
-            back = file.tensor(name, threads=threads)
-            assert back.dtype == tensor.dtype
-            assert back.shape == tensor.shape
+        for name, back in file.tensors(tensors, threads=threads):
+            assert back.dtype == tensors[name].dtype
+            assert back.shape == tensors[name].shape
 
 
 @contextmanager

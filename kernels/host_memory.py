@@ -9,10 +9,12 @@ import functools
 import mmap
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["empty"]
+__all__ = ["Rooms", "empty"]
 
 # below this there may be no whole large page to ask for
 _LEAST_BYTES = 4 << 20
@@ -41,6 +43,33 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str =
         # advice: where it is not taken, the pages stay small
         advise(start, length, mmap.MADV_HUGEPAGE)
     return tensor
+
+
+class Rooms:
+    """Memory that threads take and give back, so that little of it is ever new.
+
+    Example:
+        >>> rooms = Rooms()
+        >>> room = rooms.take(1000)
+        >>> rooms.give(room)
+        >>> rooms.take(500) is room
+        True
+    """
+
+    def __init__(self) -> None:
+        self._free: list[NDArray[np.uint8]] = []
+
+    def take(self, nbytes: int) -> NDArray[np.uint8]:
+        """At least so many bytes, whose values are anything."""
+        try:
+            room = self._free.pop()
+        except IndexError:
+            room = np.empty(0, np.uint8)
+        return room if room.size >= nbytes else np.empty(nbytes, np.uint8)
+
+    def give(self, room: NDArray[np.uint8]) -> None:
+        """What was taken, and is needed no more."""
+        self._free.append(room)
 
 
 @functools.cache

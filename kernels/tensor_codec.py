@@ -20,6 +20,7 @@ from torch import Tensor
 
 from litropy.kernels.host_memory import empty
 from litropy.kernels.in_order import in_order
+from litropy.kernels.tensor_codec_base import base_chunk, fitting_base, plan_base
 from litropy.kernels.tensor_codec_batch import decode_window, window_chunks
 from litropy.kernels.tensor_codec_choice import FEW_BYTES, choose_coders, sample_ranges
 from litropy.kernels.tensor_codec_chunks import decode_plane, parse_payload, scratch_room, write_chunk
@@ -49,12 +50,14 @@ from litropy.kernels.tensor_codec_planes import (
 
 __all__ = [
     "CHUNK_BYTES", "DTYPES", "Codec", "EncodedTensor", "TensorLayout", "TensorPlan", "decode_chunk", "decode_chunks",
-    "decode_tensor", "encode_chunk", "encode_chunks", "encode_tensor", "flat_chunk", "plan_tensor",
+    "decode_tensor", "encode_chunk", "encode_chunk_into", "encode_chunks", "encode_tensor", "flat_chunk", "plan_tensor",
 ]  # fmt: skip
 
 _CODECS, _IMPLS = ("auto", "zstd", "rans", "raw"), ("auto", "numba", "torch", "triton")
 # differences up to this size "auto" does not code: a frame would not be smaller
 _FEW_DELTA_BYTES = 64
+# of so many bytes NumPy asks for large pages
+_MUCH_BYTES = 4 << 20
 
 
 def plan_tensor(
@@ -95,12 +98,15 @@ def plan_tensor(
         return TensorPlan(layout, "raw", (), verbatim)
     kind = transform(layout.dtype, layout.delta)
     sample, base_sample = [], []
+    per = layout.dtype.itemsize // word_bytes(layout.dtype)
     for index, slices in sample_ranges(layout):
-        values, others = flat_chunk(tensor, layout, index), _base_chunk(base, layout, index)
-        sample += [words(values[part]) for part in slices]
-        base_sample += [] if others is None else [words(others[part]) for part in slices]
+        values, others = flat_chunk(tensor, layout, index), base_chunk(base, layout, index)
+        parts = [slice(per * part.start, per * part.stop) for part in slices]
+        x, y = words(values), None if others is None else words(others)
+        sample += [x[part] for part in parts]
+        base_sample += [] if y is None else [y[part] for part in parts]
     planes = split_planes(np.concatenate(sample), kind, np.concatenate(base_sample) if base_sample else None)
-    total, chunk = (n * layout.dtype.itemsize // word_bytes(layout.dtype) for n in (layout.numel, chunk_elements))
+    total, chunk = per * layout.numel, per * chunk_elements
     coders, estimate = choose_coders(planes, total, chunk, codec, kind, layout.delta)
     if all(coder == "raw" for coder in coders):
         return TensorPlan(layout, "raw", (), verbatim)
@@ -128,12 +134,19 @@ def encode_chunk(values: Tensor, plan: TensorPlan, *, base: Tensor | None = None
         25
     """
     room = scratch_room(values.nbytes)
-    return room[: _write_chunk(values, plan, base, room)].tobytes()
+    return room[: encode_chunk_into(values, plan, room, base=base)].tobytes()
 
 
-def _write_chunk(values: Tensor, plan: TensorPlan, base: Tensor | None, room: Bytes) -> int:
-    """A payload to ``room``; how many bytes."""
-    others = _fitting(base, plan.layout, len(values)) if plan.coders else None
+def encode_chunk_into(values: Tensor, plan: TensorPlan, room: Bytes, *, base: Tensor | None = None) -> int:
+    """Code one chunk into memory of the caller's, of at least ``room_bytes(values.nbytes)``.
+
+    Returns:
+        How many bytes the payload has, which is what ``encode_chunk`` gives.
+
+    Raises:
+        ValueError: as ``encode_chunk`` does.
+    """
+    others = fitting_base(base, plan.layout, len(values)) if plan.coders else None
     return write_chunk(words(values), plan, None if others is None else words(others), room)
 
 
@@ -154,7 +167,7 @@ def encode_chunks(tensor: Tensor, plan: TensorPlan, *, base: Base = None, thread
     """
 
     def encode(index: int) -> bytes:
-        return encode_chunk(flat_chunk(tensor, plan.layout, index), plan, base=_plan_base(base, plan, index))
+        return encode_chunk(flat_chunk(tensor, plan.layout, index), plan, base=plan_base(base, plan, index))
 
     return in_order(encode, range(plan.layout.num_chunks), min(threads, plan.layout.num_chunks))
 
@@ -185,8 +198,9 @@ def encode_tensor(
     """
     plan = plan_tensor(tensor, codec=codec, base=base, chunk_bytes=chunk_bytes)
     layout = plan.layout
-    # payloads side by side: they stay where they are written to, in large pages if they are many, and what no byte is
-    # written to is never taken from the system
+    if layout.nbytes < _MUCH_BYTES:
+        return EncodedTensor(layout, plan.codec, tuple(encode_chunks(tensor, plan, base=base, threads=threads)))
+    # payloads side by side, in large pages, which take less time to be had; what is left over was never touched
     memory = np.empty(room_bytes(layout.nbytes + layout.num_chunks), np.uint8)
     ends = [0]
     if min(threads, layout.num_chunks) > 1:
@@ -195,8 +209,8 @@ def encode_tensor(
             ends.append(ends[-1] + len(payload))
     else:
         for index in range(layout.num_chunks):
-            values, others = flat_chunk(tensor, layout, index), _plan_base(base, plan, index)
-            ends.append(ends[-1] + _write_chunk(values, plan, others, memory[ends[-1] :]))
+            values, others = flat_chunk(tensor, layout, index), plan_base(base, plan, index)
+            ends.append(ends[-1] + encode_chunk_into(values, plan, memory[ends[-1] :], base=others))
     memory.resize(ends[-1], refcheck=False)
     memory.setflags(write=False)
     return EncodedTensor(layout, plan.codec, tuple(memory.data[a:b] for a, b in itertools.pairwise(ends)))
@@ -242,7 +256,7 @@ def decode_chunk(
             f"got {out.dtype} {tuple(out.shape)} on {out.device}."
         )
     resolved = _resolve(impl, out.device)
-    others = _fitting(base, layout, stop - start)
+    others = fitting_base(base, layout, stop - start)
     if resolved != "numba":
         decode_window([(index, payload)], layout, [others], out, resolved)
         return out
@@ -292,14 +306,14 @@ def decode_chunks(
     if resolved != "numba":
         while window := list(itertools.islice(numbered, window_chunks(layout, out.device))):
             start, stop = layout.chunk_range(window[0][0])[0], layout.chunk_range(window[-1][0])[1]
-            others = [_base_chunk(base, layout, index) for index, _ in window]
+            others = [base_chunk(base, layout, index) for index, _ in window]
             decode_window(window, layout, others, flat[start:stop], resolved)
         return out
 
     def decode(item: tuple[int, Buffer]) -> None:
         index, payload = item
         start, stop = layout.chunk_range(index)
-        decode_chunk(payload, layout, index, base=_base_chunk(base, layout, index), out=flat[start:stop], impl=resolved)
+        decode_chunk(payload, layout, index, base=base_chunk(base, layout, index), out=flat[start:stop], impl=resolved)
 
     deque(in_order(decode, numbered, min(threads, layout.num_chunks)), maxlen=0)
     return out
@@ -351,33 +365,6 @@ def _resolve(impl: Impl, device: torch.device) -> Impl:
             "before Python starts to run the kernels in Triton's interpreter (slow, for tests)."
         )
     return impl
-
-
-def _base_chunk(base: Base, layout: TensorLayout, index: int) -> Tensor | None:
-    """A chunk of the base."""
-    chunk = flat_chunk(base, layout, index) if isinstance(base, Tensor) else base and base(index)
-    start, stop = layout.chunk_range(index)
-    return _fitting(chunk, layout, stop - start)
-
-
-def _plan_base(base: Base, plan: TensorPlan, index: int) -> Tensor | None:
-    """A chunk of the base, if the plan needs it."""
-    return _base_chunk(base, plan.layout, index) if plan.coders else None
-
-
-def _fitting(base: Tensor | None, layout: TensorLayout, length: int) -> Tensor | None:
-    """A base's chunk, on a CPU; it must be there if and only if the layout says so."""
-    if (base is not None) != layout.delta:
-        needed = "with a base: give the same one" if layout.delta else "without a base: give none"
-        raise ValueError(f"The tensor was coded {needed}.")
-    if base is None:
-        return None
-    if base.dtype != layout.dtype or base.shape != (length,):
-        raise ValueError(
-            f"A chunk of the base has {base.dtype} and shape {tuple(base.shape)}, the tensor's {layout.dtype} and "
-            f"{(length,)}."
-        )
-    return base.detach().cpu().contiguous()
 
 
 def _counted(payloads: Iterable[Buffer], layout: TensorLayout) -> Iterator[tuple[int, Buffer]]:

@@ -191,3 +191,75 @@ def test_errors_of_use(long_file, tmp_path):
         save_file({}, tmp_path / "x", threads=0)
     with pytest.raises(FileNotFoundError):
         load_file(tmp_path / "nothing")
+
+
+def many_tensors():
+    """Of one chunk, of several, of a few bytes and of none, and some that are coded in other ways."""
+    generator = torch.Generator().manual_seed(3)
+    tensors = {f"small {i}": torch.randn(40, 300 + i, generator=generator).bfloat16() for i in range(9)}
+    tensors |= {"several chunks": torch.randn(3, 600_001, generator=generator), "nothing": torch.empty(0, 4)}
+    tensors |= {"number": torch.tensor(3), "noise": torch.randint(0, 256, (99_999,), generator=generator).byte()}
+    tensors |= {"transposed": torch.randn(700, 90, generator=generator).t(), "alias": tensors["small 3"]}
+    return tensors
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_threads_change_neither_the_file_nor_the_tensors(tmp_path, delta):
+    tensors = many_tensors()
+    base = None
+    if delta:
+        base = tmp_path / "base"
+        save_file({name: (x * 1.001).to(x.dtype) for name, x in tensors.items()}, base)
+    paths = [tmp_path / str(threads) for threads in (1, 2, 5)]
+    for path in paths:
+        save_file(tensors, path, base=base, threads=int(path.name))
+    assert len({path.read_bytes() for path in paths}) == 1
+    for threads in (1, 2, 5):
+        loaded = load_file(paths[0], base=base, threads=threads)
+        assert list(loaded) == list(tensors)
+        assert all(same_bits(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_tell_of_each_byte_and_stop_when_nobody_asks_for_more(tmp_path, threads):
+    tensors = many_tensors()
+    save_file(tensors, tmp_path / "x")
+    with open_file(tmp_path / "x") as file:
+        told = []
+        assert [name for name, _ in file.tensors(tensors, threads=threads, progress=told.append)] == list(tensors)
+        assert sum(told) == sum(tensor.nbytes for tensor in tensors.values())
+        first = next(file.tensors(["several chunks", *tensors], threads=threads))
+        assert first[0] == "several chunks"
+        assert same_bits(first[1], tensors["several chunks"])
+        with pytest.raises(ValueError, match="has no tensor 'u'"):
+            dict(file.tensors(["number", "u"], threads=threads))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_what_a_thread_finds_damaged_is_named(tmp_path, threads):
+    tensors = many_tensors()
+    path = tmp_path / "x"
+    save_file(tensors, path)
+    data = bytearray(path.read_bytes())
+    with open_file(path) as file:
+        region = file._header.regions["small 5"]
+        data[file._header.data_start + region.stop - 1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="'small 5' cannot be read: the checksum of chunk 0 is wrong"):
+        load_file(path, threads=threads)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_tensor_that_threads_cannot_store_is_named(tmp_path, threads, monkeypatch):
+    from litropy.callbacks import checkpoint_writer
+
+    def fail(values, plan, room, *, base):
+        if plan.layout.shape == (40, 305):
+            raise ValueError("so it is")
+        return original(values, plan, room, base=base)
+
+    original = checkpoint_writer.encode_chunk_into
+    monkeypatch.setattr(checkpoint_writer, "encode_chunk_into", fail)
+    with pytest.raises(ValueError, match="Tensor 'small 5' cannot be stored: so it is"):
+        save_file(many_tensors(), tmp_path / "x", threads=threads)
+    assert list(tmp_path.iterdir()) == []
