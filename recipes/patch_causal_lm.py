@@ -194,6 +194,7 @@ def patch_causal_lm(
         raise ValueError(
             f"This {type(causal_lm).__name__} is patched already; to change options, unpatch_causal_lm(model) first."
         )
+    _check_loss(causal_lm)
     _Patch(causal_lm, find_output_head(causal_lm), in_eval, options).install()
     return model
 
@@ -215,6 +216,18 @@ def unpatch_causal_lm(model: Model) -> Model:
         raise ValueError(f"This {type(causal_lm).__name__} is not patched; patch_causal_lm(model) patches it.")
     vars(causal_lm)[_MARK].remove()
     return model
+
+
+def _check_loss(causal_lm: nn.Module) -> None:
+    """ValueError if the model's ``forward`` computes its loss itself, as some did in older versions of transformers."""
+    code = getattr(inspect.unwrap(type(causal_lm).forward), "__code__", None)
+    if code is not None and {"CrossEntropyLoss", "cross_entropy"} & {*code.co_names}:
+        import transformers
+
+        raise ValueError(
+            f"`forward` of {type(causal_lm).__name__} computes its loss from logits itself, in place of calling the"
+            f" model's `loss_function`, in transformers {transformers.__version__}. A newer version may do so."
+        )
 
 
 def _causal_lm(model: nn.Module) -> nn.Module:

@@ -311,6 +311,18 @@ def test_what_is_no_hugging_face_model_is_refused():
         patch_causal_lm(torch.compile(tiny_causal_lm("llama"), backend="eager"))
 
 
+def test_a_forward_that_computes_its_loss_itself_is_refused(monkeypatch):
+    model = tiny_causal_lm("llama")
+
+    def forward(self, input_ids, labels=None):
+        logits = self.lm_head(self.model(input_ids).last_hidden_state)
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    with pytest.raises(ValueError, match="computes its loss from logits itself"):
+        patch_causal_lm(model)
+
+
 @pytest.mark.parametrize("keep", [1, torch.tensor([0, 3])])
 def test_logits_to_keep_with_labels_is_refused(keep):
     model = patch_causal_lm(tiny_causal_lm("llama").train())
