@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from litropy.losses import HeadStats, linear_head_stats
 from litropy.recipes.causal_lm import CausalLM
@@ -55,15 +56,16 @@ def wanted_by(components: Iterable[Component]) -> Wanted:
     return Wanted(tuple(names), *next(iter(nuclei), ()))
 
 
-def response_stats(policy: CausalLM, batch: RolloutBatch, wanted: Wanted) -> HeadStats:
-    """Statistics at every token of the responses, [R, T] each, 0 outside of the mask; differentiable.
+def response_stats(policy: CausalLM, batch: RolloutBatch, wanted: Wanted, tokens: Tensor | None = None) -> HeadStats:
+    """Statistics at the tokens of the responses, [R, T] each, 0 elsewhere; differentiable.
 
-    Columns that are padding in all rows are not computed.
+    Columns that are padding in all rows are not computed, and the head only sees the tokens that are wanted.
 
     Args:
         policy: the model.
         batch: the responses.
         wanted: which statistics.
+        tokens: where they are wanted, bool [R, T]; at all tokens by default.
     """
     width = batch.mask.shape[1]
     if not len(batch):
@@ -87,7 +89,7 @@ def response_stats(policy: CausalLM, batch: RolloutBatch, wanted: Wanted) -> Hea
     stats = linear_head_stats(
         operands.hidden,
         operands.weight,
-        torch.where(mask, responses, -100),
+        torch.where(mask if tokens is None else mask & tokens[:, :length], responses, -100),
         linear_bias=operands.bias,
         low_rank=operands.low_rank,
         softcap=policy.head_info.softcap,

@@ -96,11 +96,15 @@ def accumulate_gradients(
     batch = UpdateBatch(rollouts, advantage, current)
     found, gradients = cotangents(methods, batch)
     second = replace(wanted, names=tuple(gradients)) if gradients else wanted
+    # groups of equal rewards have no gradient, nor have tokens that a method leaves out
+    moving = torch.zeros_like(rollouts.mask)
+    for gradient in gradients.values():
+        moving = moving | (gradient != 0)
     for place, rows in enumerate(pieces):
         mine = {name: gradient[rows] for name, gradient in gradients.items()}
-        if not any(bool(gradient.any()) for gradient in mine.values()):
-            continue  # groups of equal rewards, most of all
+        if not bool(moving[rows].any()):
+            continue
         kept = live if place == len(pieces) - 1 else None
-        stats = response_stats(policy, rollouts[rows], second) if kept is None else kept
+        stats = response_stats(policy, rollouts[rows], second, moving[rows]) if kept is None else kept
         backward(torch.stack([(gradient * stat(stats, name)).sum() for name, gradient in mine.items()]).sum())
     return found, batch

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
+from litropy.losses import linear_head_stats
 from litropy.recipes import RLVR, TaskDataModule
 from litropy.recipes import steering as s
 from litropy.recipes.rlvr_judging import distinct_correct_at_k, judge, majority_at_k, pass_at_k
@@ -22,7 +23,8 @@ from litropy.recipes.rlvr_samples import Reward, RewardResult, Sample
 from litropy.recipes.rlvr_sampling import HuggingFaceEngine, RolloutEngine, RolloutRequest
 from litropy.recipes.rlvr_update import batch_stats
 from litropy.recipes.rlvr_warm_start import solution_batch
-from litropy.recipes.steering.objective import Methods
+from litropy.recipes.steering.batch import UpdateBatch
+from litropy.recipes.steering.objective import Methods, objective
 
 
 def make(**options):
@@ -78,6 +80,28 @@ def test_statistics_of_the_old_policy_serve_the_first_update():
     again, _, _ = cases.gradients(policy, methods, rollouts, 4)
     reused, _, _ = cases.gradients(policy, methods, rollouts, 4, unchanged=True)
     torch.testing.assert_close(reused, again, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["forking_tokens", "bonus"])
+def test_the_head_sees_only_tokens_with_a_gradient(name, monkeypatch):
+    """Against one graph over all tokens."""
+    policy, methods = problems.policy(), cases.methods(name)
+    rollouts = problems.rollouts(3, 3)
+    rollouts = replace(rollouts, stats=batch_stats(policy, rollouts, cases.wanted(methods), 64))
+    seen = []
+
+    def spy(input, weight, target, **options):
+        seen.append(int((target >= 0).sum()))
+        return linear_head_stats(input, weight, target, **options)
+
+    monkeypatch.setattr("litropy.recipes.rlvr_policy.linear_head_stats", spy)
+    ours, found, _ = cases.gradients(policy, methods, rollouts, 64, unchanged=True)
+    assert seen == [int(found.kept.sum()) if name == "forking_tokens" else int(rollouts.mask.sum())]
+    policy.zero_grad()
+    stats = response_stats(policy, rollouts, cases.wanted(methods))
+    objective(methods, UpdateBatch(rollouts, methods.advantages(rollouts), stats)).loss.backward()
+    theirs = torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
