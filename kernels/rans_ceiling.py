@@ -45,27 +45,21 @@ def best_ceiling(counts: NDArray[Any]) -> tuple[int, float]:
         >>> best_ceiling(counts)[0], round(best_ceiling(counts)[1])
         (2, 35335)
     """
+    counts = counts[: int(np.flatnonzero(counts)[-1]) + 1]
     total = counts.sum()
+    # of each byte, and of all above it, as if that were the ceiling; nothing is above the last
+    shares = np.stack([counts, total - np.cumsum(counts)]) / total
+    absent = shares == 0
     # slots have at least one for each byte that occurs, and then share what there is
-    slots = np.where(counts > 0, np.maximum(counts / total, 1 / TOTAL), 0.0)
-    above = total - _below(counts)
-    above_slots = np.where(above > 0, np.maximum(above / total, 1 / TOTAL), 0.0)
-    bits = _below(_bits(counts, slots)) + _bits(above, above_slots) + total * np.log2(_below(slots) + above_slots)
-    sizes = bits / 8 + above + 3 * (_below(counts > 0) + (above > 0))
-    best = int(sizes[1:].argmin()) + 1
-    if sizes[NO_CEILING] - sizes[best] < _LEAST_SAVING * total:
-        best = NO_CEILING
-    return best, float(sizes[best])
-
-
-def _below(x: NDArray[Any]) -> NDArray[Any]:
-    """Sums over the bytes below each ceiling, [257]."""
-    return np.concatenate([[0], np.cumsum(x)])
-
-
-def _bits(counts: NDArray[Any], slots: NDArray[Any]) -> NDArray[Any]:
-    """Bits of all symbols of each count, at so many slots of the table."""
-    return -counts * np.log2(slots, out=np.zeros(len(slots)), where=slots > 0)
+    slots = np.maximum(shares, 1 / TOTAL)
+    slots[absent] = 0
+    bits = -shares * np.log2(slots + absent)
+    slots[0], bits[0], alphabet = slots[0].cumsum(), bits[0].cumsum(), (~absent[0]).cumsum()
+    sizes = total * ((bits[0] + bits[1] + np.log2(slots[0] + slots[1])) / 8 + shares[1]) + 3 * (alphabet + ~absent[1])
+    best = int(sizes.argmin())
+    if sizes[-1] - sizes[best] < _LEAST_SAVING * total:
+        return NO_CEILING, float(sizes[-1])
+    return best + 1, float(sizes[best])
 
 
 def encode_clipped(symbols: Bytes, segment: int) -> tuple[int, bytes]:

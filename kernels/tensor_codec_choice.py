@@ -142,9 +142,9 @@ class _Sample:
     @cached_property
     def unseen(self) -> float:
         """Bits of entropy a byte that a sample has less than what it is of (Miller and Madow)."""
-        return (
-            (np.count_nonzero(self.counts) - 1) / (2 * self.plane.size * log(2)) if self.plane.size < self.words else 0
-        )
+        if self.plane.size >= self.words:
+            return 0.0
+        return (np.count_nonzero(self.counts) - 1) / (2 * self.plane.size * log(2))
 
     @cached_property
     def entropy(self) -> float:

@@ -22,7 +22,6 @@ from litropy.kernels.tensor_codec import (
     flat_chunk,
     plan_tensor,
 )  # fmt: skip
-from litropy.kernels.tensor_codec_chunks import CEILING, parse_payload
 from litropy.kernels.tensor_codec_layout import SEGMENT
 from litropy.kernels.tensor_codec_planes import (
     merge_planes,
@@ -31,7 +30,7 @@ from litropy.kernels.tensor_codec_planes import (
     split_planes,
     transform,
     words,
-)  # fmt: skip
+)  # fmt: skipfrom litropy.kernels.tensor_codec_sparse import drop_zeros, put_zeros, put_zeros_torch, unpack_kept
 
 CODECS = ("auto", "zstd", "rans", "raw")
 IMPLS = ("torch",) if numba_loops() is None else ("numba", "torch")
@@ -274,48 +273,6 @@ def test_auto_takes_what_is_smaller():
     assert plan_tensor(text).coders == ("zstd_match",)
     assert encode_tensor(torch.zeros(100_000)).nbytes < 200
     assert encode_tensor(torch.rand(100_000) < 0.01, codec="rans").nbytes < 0.02 * 100_000
-
-
-def moved_a_little(count, dtype=torch.bfloat16):
-    """Words and the same after a step of training: most as they were, some next to it, a few far away."""
-    old = weights(count)
-    generator = torch.Generator().manual_seed(1)
-    step = torch.where(torch.rand(count, generator=generator) < 0.9, 1e-6, 1e-4)
-    return old.to(dtype), (old + step * torch.randn(count, generator=generator)).to(dtype)
-
-
-@pytest.mark.parametrize("impl", [*IMPLS, "triton"])
-def test_what_is_rare_in_differences_stands_beside_the_stream(impl):
-    old, new = moved_a_little(1500 if impl == "triton" else 200_000)
-    encoded = encode_tensor(new, base=old, codec="rans")
-    assert CEILING in [plane.method for plane in parse_payload(encoded.chunks[0], new.numel(), 2)]
-    assert_same_bits(decode_tensor(encoded, base=old, impl=impl), new)
-
-
-def test_differences_are_near_their_entropy():
-    old, new = moved_a_little(300_000)
-    entropy = 0.0
-    for plane in split_planes(words(new), transform(new.dtype, True), words(old)):
-        p = np.bincount(plane) / plane.size
-        entropy -= plane.size * (p[p > 0] @ np.log2(p[p > 0])) / 8
-    plan, encoded = plan_tensor(new, base=old), encode_tensor(new, base=old)
-    assert plan.codec == "rans"
-    assert 0 < (encoded.nbytes - entropy) / new.nbytes < 0.002
-    assert plan.estimated_bytes == pytest.approx(encoded.nbytes, rel=0.05)
-
-
-def test_a_small_tensor_that_stays_costs_next_to_nothing():
-    """Biases and norms are many; alone they are kept as they are."""
-    bias = weights(384)
-    assert plan_tensor(bias).codec == "raw"
-    moved = bias.clone()
-    moved[3] += 0.1
-    encoded = encode_tensor(moved, base=bias)
-    assert encoded.nbytes < 100
-    assert plan_tensor(moved, base=bias).estimated_bytes == pytest.approx(encoded.nbytes, abs=40)
-    assert_same_bits(decode_tensor(encoded, base=bias), moved)
-    step = torch.tensor(7.0)
-    assert plan_tensor(step, base=step - 1).codec == "raw"
 
 
 def test_halves_in_floats_are_found():
