@@ -97,17 +97,23 @@ def _count(block: Any, low: int, high: int, counts: Any) -> Any:
     # eight tables: equal neighbours need not wait for each other
     counts[:] = 0
     if high - low < _CLOSE:
-        # a quarter tells the codes' lengths well enough; what it lacks may occur nevertheless
-        step = 32
+        # a seventh tells the codes' lengths well enough, a third of few; what it lacks may occur nevertheless. Sevenths
+        # and thirds of rows whose length is a power of two are in other columns each time
+        step = 56 if block.size > BLOCK // 4 else 24
         counts[0, low : high + 1] = one
-    whole = block.size // 32 * 32
+    whole = block.size // step * step
     for start in range(0, whole, step):
         eight = block[start : start + 8]
         for k in range(8):
             counts[k, eight[k]] += one
     for i in range(whole, block.size):
         counts[0, block[i]] += one
-    return counts[:, : high + 1].sum(0)
+    total = counts[0, : high + 1].copy()
+    for k in range(1, 8):
+        other = counts[k, : high + 1]
+        for i in range(total.size):
+            total[i] += other[i]
+    return total
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
