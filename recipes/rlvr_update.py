@@ -3,6 +3,7 @@
 First the statistics of the whole mini-batch, on all ranks: every method sees all tokens at once. The loss is a function
 of these few numbers a token, so its gradient is one cotangent for each: ``dL / d logprob_t``, ``dL / d entropy_t``.
 Then the micro-batches: each computes its tokens' statistics once more, with a graph, and passes their cotangents back.
+Responses and tokens without any are left out there.
 """
 
 from collections.abc import Callable
@@ -101,10 +102,13 @@ def accumulate_gradients(
     for gradient in gradients.values():
         moving = moving | (gradient != 0)
     for place, rows in enumerate(pieces):
-        mine = {name: gradient[rows] for name, gradient in gradients.items()}
+        stats = live if place == len(pieces) - 1 else None
+        if stats is None:
+            rows = rows[moving[rows].any(1)]
         if not bool(moving[rows].any()):
             continue
-        kept = live if place == len(pieces) - 1 else None
-        stats = response_stats(policy, rollouts[rows], second, moving[rows]) if kept is None else kept
-        backward(torch.stack([(gradient * stat(stats, name)).sum() for name, gradient in mine.items()]).sum())
+        if stats is None:
+            stats = response_stats(policy, rollouts[rows], second, moving[rows])
+        terms = [(gradient[rows] * stat(stats, name)).sum() for name, gradient in gradients.items()]
+        backward(torch.stack(terms).sum())
     return found, batch

@@ -104,6 +104,18 @@ def test_the_head_sees_only_tokens_with_a_gradient(name, monkeypatch):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
+def test_the_model_sees_only_responses_with_a_gradient(monkeypatch):
+    """A group of equal rewards, and then two others, in one micro-batch."""
+    policy, rollouts, seen = problems.policy(), problems.rollouts(3, 3), []
+    stats = batch_stats(policy, rollouts, Wanted(), 64)
+    rollouts = replace(rollouts, reward=torch.tensor([1.0, 1, 1, 0, 1, 0, 0, 0, 1]), stats=stats)
+    policy.backbone.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    cases.gradients(policy, Methods(), rollouts, 64, unchanged=True)
+    assert seen == [6]
+
+
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
 def test_statistics_are_those_of_the_logits(model_type):
     policy = problems.policy(model_type=model_type)
