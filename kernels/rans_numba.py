@@ -29,11 +29,15 @@ fill_buckets = njit(nogil=True, cache=True, error_model="numpy")(rans_tables.fil
 @njit(nogil=True, cache=True, error_model="numpy")
 def _encoding_slots(divider: Any, first: Any, second: Any, start: Any, slots: Any) -> None:
     """The slot of each symbol's ranks, which stand in ``slots`` [4096] from the symbol's ``start`` on."""
-    capacity = TOTAL // divider.size
-    for slot in range(TOTAL):
-        bucket, within = slot // capacity, slot % capacity
-        entry = uint64(first[bucket] if within < divider[bucket] else second[bucket])
-        slots[start[entry >> _SYMBOL] + ((entry + uint64(within)) & _MASK)] = slot
+    slot, capacity = uint64(0), uint64(TOTAL // divider.size)
+    for bucket in range(divider.size):
+        begin = slot
+        for part in range(2):
+            entry = uint64(second[bucket] if part else first[bucket])
+            end = begin + (capacity if part else uint64(divider[bucket]))
+            while slot < end:
+                slots[start[entry >> _SYMBOL] + ((entry + slot - begin) & _MASK)] = slot
+                slot += _ONE
 
 
 @njit(nogil=True, cache=True, error_model="numpy", inline="always")
