@@ -68,7 +68,7 @@ def plan_tensor(
     Args:
         tensor: of any of ``DTYPES``, any shape, strides and device.
         codec: "zstd", "rans" or "raw": what the planes that compress are coded by. "auto": by whichever is smaller,
-            rANS where it saves at least 0.5 % of the tensor (0.05 % against a base), and nothing for up to 2 KiB
+            rANS where it saves at least 0.5 % of the tensor (0.1 % against a base), and nothing for up to 2 KiB
             (64 bytes against a base).
         base: code differences from this: a tensor of the same dtype and shape, or what gives its chunks by index.
         chunk_bytes: bytes of the tensor that a chunk holds, rounded down to whole segments of 32,768 elements.

@@ -38,7 +38,7 @@ _FRAME, _TABLE, _BLOCK_BYTES = 13, 14, 1 << 17
 # the least share of a tensor's bytes that a plane's coder must save to be taken: any at all over raw bytes, LZ matches
 # over Huffman codes alone, offsets of groups over one scale for all, and rANS over Zstandard
 _LEAST_SAVING = {"huffman": 0.002, "zstd": 0.002, "zstd_match": 0.02, "groups": 0.005, "rans": 0.005}
-_LEAST_OF_DELTAS = {"rans": 0.0005}
+_LEAST_OF_DELTAS = {"rans": 0.001}
 _CANDIDATES: dict[Codec, tuple[Coder, ...]] = {
     "zstd": ("huffman", "zstd", "zstd_match", "groups"),
     "rans": ("rans",),
