@@ -152,7 +152,7 @@ def turns_of(modules: dict[str, RLVR], rounds: int, seed: int = 0) -> list[tuple
             for place, name in enumerate(names):
                 order += [(plain, writes)] if place % NEIGHBOURS == 0 else []
                 order.append((name, writes))
-            order += [(plain, writes)] if names else []
+            order += [(plain, writes)] if names or plain == GRPO else []
     return order
 
 
