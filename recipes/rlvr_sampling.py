@@ -1,5 +1,6 @@
 """Rollout engines: what writes responses to prompts; Hugging Face's generation inside the training process."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,9 @@ from litropy.recipes.causal_lm import CausalLM
 from litropy.recipes.output_head import inner_causal_lm
 from litropy.recipes.steering.sampler import Sampler
 
-__all__ = ["Generation", "HuggingFaceEngine", "RolloutEngine", "RolloutRequest"]
+__all__ = ["Generation", "HuggingFaceEngine", "RolloutEngine", "RolloutRequest", "draw"]
+
+_FEW = 1024  # columns that are not worth being put into blocks
 
 
 class RolloutRequest(NamedTuple):
@@ -64,6 +67,57 @@ class RolloutEngine(ABC):
         """Draw ``group_size`` responses to each prompt."""
 
 
+def draw(weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw a column of each row in proportion to weights that are not below 0.
+
+    Args:
+        weights: [B, k].
+        generator: on the device of the weights.
+
+    Returns:
+        Columns and their shares of the rows' weights, [B, 1] each.
+
+    Raises:
+        ValueError: if a row's weights are NaN, or all 0.
+
+    Example::
+
+        >>> column, share = draw(torch.tensor([[0.0, 2.0, 0.0]]), torch.Generator())
+        >>> column.tolist(), share.tolist()
+        ([[1]], [[1.0]])
+    """
+    # the inverse of the cumulative sum takes a random number or two a row, where ``multinomial`` takes one an entry:
+    # first a block of columns is drawn, then a column of the block
+    k = weights.shape[1]
+    width = math.isqrt(k) if k > _FEW else 1
+    even = k - k % width
+    sums = weights
+    if width > 1:
+        rest = weights[:, even:].sum(-1, keepdim=True)
+        sums = torch.cat([weights[:, :even].unflatten(1, (-1, width)).sum(-1), rest], 1)
+    column, total = _invert(sums, generator)
+    if not (total > 0).all():
+        raise ValueError(
+            "The next tokens' probabilities are not numbers: the model's logits are NaN or infinite. Lower the learning"
+            " rate, or clip gradients."
+        )
+    if width > 1:
+        columns = column * width + torch.arange(width, device=weights.device)
+        inside = weights.gather(1, columns.clamp(max=k - 1)).masked_fill(columns >= k, 0)
+        column = columns.gather(1, _invert(inside, generator)[0])
+    return column, weights.gather(1, column) / total
+
+
+def _invert(weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Columns drawn in proportion to few weights, and the sums of these, [B, 1] each."""
+    # in float64, or entries that weigh little against the sum before them would be lost
+    exact = torch.float32 if weights.device.type == "mps" else torch.float64
+    reach = weights.cumsum(1, dtype=exact)
+    total = reach[:, -1:]
+    point = total * torch.rand(total.shape, dtype=exact, device=weights.device, generator=generator)
+    return torch.searchsorted(reach, point, right=True), total
+
+
 class _Drawing(LogitsProcessor):
     """Draws the next tokens itself and leaves no other choice, so that what is recorded is what happened."""
 
@@ -75,12 +129,13 @@ class _Drawing(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         temperature = self.sampler.temperatures(scores)
         policy = (scores.float() / temperature[:, None]).log_softmax(-1)
-        drawn_from = self.sampler.truncate(policy).log_softmax(-1)
-        token = torch.multinomial(drawn_from.exp(), 1, generator=self.generator)
+        weights, tokens = self.sampler.chances(policy)
+        column, share = draw(weights, self.generator)
+        token = column if tokens is None else tokens.gather(1, column)
         self.sampler.observe(policy.gather(1, token)[:, 0])
-        self.behaviour.append(drawn_from.gather(1, token)[:, 0])
+        self.behaviour.append(share.log().to(policy)[:, 0])
         self.temperature.append(temperature)
-        return torch.full_like(scores, torch.finfo(scores.dtype).min).scatter(1, token, 0.0)
+        return scores.fill_(torch.finfo(scores.dtype).min).scatter_(1, token, 0.0)  # these are a copy
 
 
 @contextmanager

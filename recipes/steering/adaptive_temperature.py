@@ -7,7 +7,7 @@ from torch import Tensor
 
 from litropy.recipes.steering.batch import UpdateBatch
 from litropy.recipes.steering.log_entropy import LogEntropyScale
-from litropy.recipes.steering.sampler import Sampler
+from litropy.recipes.steering.sampler import Sampler, entropy_of
 
 __all__ = ["AdaptiveTemperature"]
 
@@ -45,8 +45,7 @@ class AdaptiveTemperature(Sampler):
         fixed = super().temperatures(logits)
         if self._scale is None:
             return fixed
-        logprob = (logits / self.temperature).log_softmax(-1)
-        entropy = -torch.where(logprob > -torch.inf, logprob.exp() * logprob, 0).sum(-1)
+        entropy = entropy_of((logits / self.temperature).log_softmax(-1))
         scale = LogEntropyScale(**{k: v.to(logits) for k, v in vars(self._scale).items()})
         return fixed * (1 + self.strength * scale.measure(entropy, self.released))
 

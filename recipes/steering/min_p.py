@@ -4,12 +4,12 @@ import math
 
 from torch import Tensor
 
-from litropy.recipes.steering.sampler import Sampler
+from litropy.recipes.steering.sampler import TruncatingSampler, chances_from
 
 __all__ = ["MinP"]
 
 
-class MinP(Sampler):
+class MinP(TruncatingSampler):
     """Leaves out tokens less likely than a share of the likeliest: ``p_v < min_p max p``.
 
     Args:
@@ -28,7 +28,7 @@ class MinP(Sampler):
             raise ValueError(f"`min_p` is {min_p}; it must be in (0, 1].")
         self.min_p = min_p
 
-    def truncate(self, logits: Tensor) -> Tensor:
-        """Keep ``z_v >= max z + log min_p``."""
+    def chances(self, policy: Tensor) -> tuple[Tensor, None]:
+        """Keep ``log p_v >= max log p + log min_p``."""
         # the likeliest is never below the bound
-        return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(self.min_p), -math.inf)
+        return chances_from(policy, policy.amax(-1) + math.log(self.min_p)), None

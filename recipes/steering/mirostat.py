@@ -6,8 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from litropy.kernels.likeliest import kth_greatest, likeliest
-from litropy.recipes.steering.sampler import Sampler, keep_at_least_one
+from litropy.kernels.likeliest import greatest, kth_greatest
+from litropy.recipes.steering.sampler import TruncatingSampler, chances_from
 
 __all__ = ["Mirostat", "zipf_cutoff"]
 
@@ -36,23 +36,22 @@ def zipf_cutoff(logits: Tensor, bound: Tensor, vocabulary: int) -> Tensor:
 
     Reference: Mirostat (arXiv 2007.14966), algorithm 1.
     """
-    return _cutoff(likeliest(logits, _LIKELIEST + 1)[0], bound, vocabulary, logits.shape[-1])
+    return _cutoff(greatest(logits, _LIKELIEST + 1), bound, vocabulary, logits.shape[-1])
 
 
 def _cutoff(top: Tensor, bound: Tensor, vocabulary: int, most: int) -> Tensor:
-    rank = torch.arange(1, top.shape[-1], device=top.device, dtype=top.dtype)
-    fall = top[:, :-1] - top[:, 1:]
+    step = torch.arange(1, top.shape[-1], device=top.device, dtype=top.dtype).reciprocal_().log1p_()
     known = top[:, 1:] > -torch.inf
-    step = torch.where(known, ((rank + 1) / rank).log(), 0)
-    exponent = torch.where(known, fall * step, 0).sum(-1) / step.square().sum(-1).clamp(min=1e-12)
-    exponent = exponent.clamp(min=1e-3)
+    fall = torch.where(known, top[:, :-1] - top[:, 1:], 0)
+    exponent = (fall * step).sum(-1) / (known * step.square()).sum(-1).clamp_(min=1e-12)
+    exponent.clamp_(min=1e-3)
     excess = exponent - 1
     excess = torch.where(excess.abs() < 1e-4, 1e-4, excess)  # 0 / 0 at 0, where the limit is 1 / ln V
-    log_scale = (excess / -torch.expm1(-excess * math.log(vocabulary))).log()
-    return ((log_scale + bound) / exponent).clamp(max=math.log(most)).exp()
+    log_scale = (excess / -torch.expm1(-math.log(vocabulary) * excess)).log_()
+    return ((log_scale + bound) / exponent).clamp_(max=math.log(most)).exp_()
 
 
-class Mirostat(Sampler):
+class Mirostat(TruncatingSampler):
     """Draws from the k likeliest tokens, with k such that what is drawn is as surprising as a target, on average.
 
     After each token, with ``S = -log p`` before anything was left out: ``mu <- mu - rate (S - target)``, in each
@@ -92,19 +91,17 @@ class Mirostat(Sampler):
         """Start every response at ``mu = 2 target``."""
         self._bound = torch.full((rows,), 2 * self.target, device=device)
 
-    def truncate(self, logits: Tensor) -> Tensor:
+    def chances(self, policy: Tensor) -> tuple[Tensor, None]:
         """Keep the k likeliest tokens, and those that equal the last of them."""
         if self.cutoff == "surprise":
-            return keep_at_least_one(logits, -logits.log_softmax(-1) > self._bound[:, None])
-        vocabulary = _RELEASED_VOCABULARY if self.released else logits.shape[-1]
-        top, _ = likeliest(logits, _LIKELIEST + 1)
-        most = logits.shape[-1]
+            best, place = policy.max(-1, keepdim=True)
+            return chances_from(policy, -self._bound.to(policy)).scatter_(1, place, best.exp()), None
+        most = policy.shape[-1]
+        vocabulary = _RELEASED_VOCABULARY if self.released else most
+        top = greatest(policy, _LIKELIEST + 1)
         cutoff = _cutoff(top, self._bound, vocabulary, most)
         count = (cutoff.round().long() + int(self.released)).clamp(1, most)
-        least = top.gather(1, (count - 1).clamp(max=top.shape[1] - 1)[:, None])[:, 0]
-        further = ((count > top.shape[1]) & (count < most)).nonzero()[:, 0]
-        least[further] = kth_greatest(logits[further].float(), count[further]).to(least)
-        return logits.masked_fill((logits < least[:, None]) & (count < most)[:, None], -torch.inf)
+        return chances_from(policy, kth_greatest(policy, count, top)), None
 
     def observe(self, logprob: Tensor) -> None:
         """Move mu by how far the surprise was from the target."""

@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor
 
-from litropy.kernels.likeliest import keep_the_likeliest
-from litropy.recipes.steering.sampler import Sampler, keep_at_least_one
+from litropy.kernels.likeliest import first_likeliest, likeliest
+from litropy.recipes.steering.sampler import TruncatingSampler, entropy_of
 
 __all__ = ["TopH"]
 
 _RELEASED_CANDIDATES = 100
 
 
-class TopH(Sampler):
+class TopH(TruncatingSampler):
     """Draws from the largest set of likeliest tokens whose entropy is at most a share of the whole's.
 
     ``H(q) <= alpha H(p)``, q being p on the set, divided by its mass m: ``H(q) = log m - sum p log p / m``, which only
@@ -40,27 +40,24 @@ class TopH(Sampler):
             raise ValueError(f"`share` is {share}; it must be in (0, 1].")
         self.share, self.released = share, released
 
-    def truncate(self, logits: Tensor) -> Tensor:
+    def chances(self, policy: Tensor) -> tuple[Tensor, Tensor]:
         """Drop what comes after the last token that fits."""
-        logprob = logits.log_softmax(-1)
         if self.released:  # the softmax is that of the candidates alone
-            top, places = logprob.topk(min(_RELEASED_CANDIDATES, logits.shape[-1]), -1)
+            top, tokens = likeliest(policy, _RELEASED_CANDIDATES)
             terms = _terms(top.log_softmax(-1))
             beyond = terms.cumsum(-1) > self.share * terms.sum(-1, keepdim=True)
-            return keep_at_least_one(logits, torch.ones_like(logits, dtype=torch.bool).scatter(-1, places, beyond))
-        bound = -self.share * torch.linalg.vecdot(logprob.exp(), _finite(logprob))[:, None]
+            beyond[:, 0] = False
+            return top.masked_fill(beyond, -torch.inf).softmax(-1), tokens
+        bound = self.share * entropy_of(policy)[:, None]
 
         def behind(top: Tensor, rows: Tensor) -> Tensor:
             mass = top.exp().cumsum(-1)
             return mass.log() + _terms(top).cumsum(-1) / mass > bound[rows]
 
-        return keep_the_likeliest(logprob, behind)
+        kept, tokens = first_likeliest(policy, behind)
+        return kept.softmax(-1), tokens
 
 
 def _terms(logprob: Tensor) -> Tensor:
     """``-p log p``, 0 where p is."""
-    return -logprob.exp() * _finite(logprob)
-
-
-def _finite(logprob: Tensor) -> Tensor:
-    return logprob.clamp(min=torch.finfo(logprob.dtype).min)
+    return -(logprob.exp() * logprob).nan_to_num(0)

@@ -2,13 +2,13 @@
 
 from torch import Tensor
 
-from litropy.kernels.likeliest import keep_the_likeliest
-from litropy.recipes.steering.sampler import Sampler
+from litropy.kernels.likeliest import first_likeliest
+from litropy.recipes.steering.sampler import TruncatingSampler
 
 __all__ = ["TopP"]
 
 
-class TopP(Sampler):
+class TopP(TruncatingSampler):
     """Draws from the nucleus: the smallest set of likeliest tokens whose mass reaches ``top_p``.
 
     Args:
@@ -27,10 +27,10 @@ class TopP(Sampler):
             raise ValueError(f"`top_p` is {top_p}; it must be in (0, 1].")
         self.top_p = top_p
 
-    def truncate(self, logits: Tensor) -> Tensor:
+    def chances(self, policy: Tensor) -> tuple[Tensor, Tensor]:
         """Drop what comes after the token at which the mass reaches ``top_p``."""
-        logprob = logits.log_softmax(-1)
-        return keep_the_likeliest(logprob, self._behind)
+        kept, tokens = first_likeliest(policy, self._behind)
+        return kept.softmax(-1), tokens
 
     def _behind(self, top: Tensor, rows: Tensor) -> Tensor:
         mass = top.exp()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from litropy.kernels.likeliest import keep_the_likeliest, kth_greatest, likeliest
+from litropy.kernels.likeliest import _by_bisection, first_likeliest, greatest, kth_greatest, likeliest
 from litropy.losses import linear_head_stats
 
 
@@ -27,6 +27,10 @@ def test_likeliest_are_those_of_topk(width, k):
     assert torch.equal(values, z.topk(min(k, width), 1).values)
     assert torch.equal(z.gather(1, places), values)
     assert all(len(set(row)) == len(row) for row in places.tolist())
+    assert torch.equal(greatest(z, k), values)
+    half = z.bfloat16()  # NumPy does not know it
+    assert torch.equal(likeliest(half, k)[0], half.topk(min(k, width), 1).values)
+    assert torch.equal(greatest(half, k), half.topk(min(k, width), 1).values)
 
 
 @pytest.mark.parametrize("width", [5, 3001])
@@ -38,7 +42,9 @@ def test_what_is_behind_is_found_however_long_the_first_part(width):
         mass = top.exp()
         return mass.cumsum(-1) - mass >= share[place, None]
 
-    found = keep_the_likeliest(logprob, behind)
+    values, places = first_likeliest(logprob, behind)
+    found = torch.full_like(logprob, -torch.inf).scatter_reduce(1, places, values, "amax")
+    assert torch.equal(values, values.sort(1, descending=True).values)
     for row, kept in enumerate(found > -torch.inf):
         ordered = logprob[row].exp().sort(descending=True).values
         count = int(((ordered.cumsum(0) - ordered < share[row]) & (ordered > 0)).sum())
@@ -49,13 +55,17 @@ def test_what_is_behind_is_found_however_long_the_first_part(width):
         assert torch.equal(logprob[row][kept].exp().sort(descending=True).values, ordered[: int(kept.sum())])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("width", [1, 1000])
-def test_kth_greatest_is_that_of_a_sort(width):
-    z = rows(width).float()
+def test_kth_greatest_is_that_of_a_sort(width, dtype):
+    z = rows(width).to(dtype)
     ordered = z.sort(descending=True).values
     for k in {1, 2, 37, width // 2, width} - {0}:
-        place = torch.full((len(z),), min(k, width))
-        assert torch.equal(kth_greatest(z, place), ordered[:, min(k, width) - 1])
+        place = torch.tensor([min(k + row % 2, width) for row in range(len(z))])
+        expected = ordered.gather(1, place[:, None] - 1)[:, 0]
+        for known in {1, min(40, width), width}:
+            assert torch.equal(kth_greatest(z, place, ordered[:, :known]), expected)
+        assert torch.equal(_by_bisection(z, place), expected)
 
 
 @pytest.mark.parametrize("nucleus", ["closed", "open"])

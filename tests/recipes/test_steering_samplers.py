@@ -163,10 +163,15 @@ def sampler(name, rollouts):
         method = s.AdaptiveTemperature(1.1, 0.3)
         method.after_step(UpdateBatch(rollouts, rollouts.stats.logprob, rollouts.stats))
         return method
-    return {"top_h": s.TopH(0.6), "zipf": s.Mirostat(0.8), "surprise": s.Mirostat(0.8, cutoff="surprise")}[name]
+    return {
+        "top_p": s.TopP(0.7),
+        "top_h": s.TopH(0.6),
+        "zipf": s.Mirostat(0.8),
+        "surprise": s.Mirostat(0.8, cutoff="surprise"),
+    }[name]
 
 
-@pytest.mark.parametrize("name", ["top_h", "zipf", "surprise", "adaptive"])
+@pytest.mark.parametrize("name", ["top_p", "top_h", "zipf", "surprise", "adaptive"])
 def test_engine_and_sampler_keep_each_response_apart(rollouts, name):
     """Responses one by one, from the model's logits in one go, have the log-probabilities and temperatures recorded."""
     policy, prompts = problems.policy(), torch.tensor([[5, 6, 7], [8, 9, 4]])
