@@ -11,6 +11,8 @@ coded as the ceiling, and listed; all numbers are little-endian:
 """
 
 import struct
+import sys
+from math import log2
 from typing import Any
 
 import numpy as np
@@ -23,11 +25,15 @@ from litropy.kernels.rans_tables import TOTAL
 from litropy.kernels.tensor_codec_layout import Buffer
 from litropy.kernels.tensor_codec_planes import Bytes, count_bytes
 
-__all__ = ["NO_CEILING", "best_ceiling", "encode_clipped", "put_back", "put_back_torch", "split_ceiling"]
+__all__ = [
+    "NO_CEILING", "best_ceiling", "encode_clipped", "put_back", "put_back_torch", "search_ceiling", "split_ceiling",
+]  # fmt: skip
 
 NO_CEILING = 256
 # the least share of a plane's bytes that a ceiling must save: decoding has to put back what reaches it
 _LEAST_SAVING = 1 / 2048
+# less is nothing: what rounding leaves of counts that are not whole
+_ANY = 1e-6
 _HEAD = struct.Struct("<BI")
 
 
@@ -45,21 +51,33 @@ def best_ceiling(counts: NDArray[Any]) -> tuple[int, float]:
         >>> best_ceiling(counts)[0], round(best_ceiling(counts)[1])
         (2, 35335)
     """
-    counts = counts[: int(np.flatnonzero(counts)[-1]) + 1]
+    search: Any = search_ceiling
+    # where that is loaded already: compiled, it is fast, but loading takes longer than many searches
+    if "litropy.kernels.rans_numba" in sys.modules:
+        from litropy.kernels.rans_numba import search_ceiling as search
+    ceiling, size, without = search(counts.astype(np.float64))
+    if without - size < _LEAST_SAVING * counts.sum():
+        return NO_CEILING, float(without)
+    return int(ceiling), float(size)
+
+
+def search_ceiling(counts: Any) -> tuple[int, float, float]:
+    """The ceiling that saves most, bytes under it and bytes without one."""
     total = counts.sum()
-    # of each byte, and of all above it, as if that were the ceiling; nothing is above the last
-    shares = np.stack([counts, total - np.cumsum(counts)]) / total
-    absent = shares == 0
-    # slots have at least one for each byte that occurs, and then share what there is
-    slots = np.maximum(shares, 1 / TOTAL)
-    slots[absent] = 0
-    bits = -shares * np.log2(slots + absent)
-    slots[0], bits[0], alphabet = slots[0].cumsum(), bits[0].cumsum(), (~absent[0]).cumsum()
-    sizes = total * ((bits[0] + bits[1] + np.log2(slots[0] + slots[1])) / 8 + shares[1]) + 3 * (alphabet + ~absent[1])
-    best = int(sizes.argmin())
-    if sizes[-1] - sizes[best] < _LEAST_SAVING * total:
-        return NO_CEILING, float(sizes[-1])
-    return best + 1, float(sizes[best])
+    # of the bytes below a ceiling: their number, slots (at least one, which then share what there is) and bits
+    alphabet, slots, bits, above = 0, 0.0, 0.0, total
+    best, least = NO_CEILING, np.inf
+    for byte in range(256):
+        if byte > 0 and above > _ANY:
+            reached = max(above / total, 1 / TOTAL)
+            size = (bits - above * log2(reached) + total * log2(slots + reached)) / 8 + above + 3 * (alphabet + 1)
+            if size < least:
+                best, least = byte, size
+        count = counts[byte]
+        if count > 0:
+            own = max(count / total, 1 / TOTAL)
+            alphabet, slots, bits, above = alphabet + 1, slots + own, bits - count * log2(own), above - count
+    return best, least, (bits + total * log2(slots)) / 8 + 3 * alphabet
 
 
 def encode_clipped(symbols: Bytes, segment: int) -> tuple[int, bytes]:

@@ -10,12 +10,12 @@ import numpy as np
 from numba import njit, uint64
 from numpy.typing import NDArray
 
-from litropy.kernels import rans_tables
+from litropy.kernels import rans_ceiling, rans_tables
 from litropy.kernels.rans_stream import LANES, LOWEST_STATE, RansStream
 from litropy.kernels.rans_tables import PRECISION, TOTAL, alias_tables, decoding_table
 from litropy.kernels.tensor_codec_planes import Bytes, read_only
 
-__all__ = ["decode_stream", "encode_segments", "fill_buckets"]
+__all__ = ["decode_stream", "encode_segments", "fill_buckets", "search_ceiling"]
 
 _ONE, _TWO, _THREE, _FOUR, _LANES, _LAST = (uint64(n) for n in (1, 2, 3, 4, LANES, LANES - 1))
 _LOWEST, _MASK, _BITS, _WORD, _SYMBOL = (uint64(n) for n in (LOWEST_STATE, TOTAL - 1, PRECISION, 16, 24))
@@ -23,6 +23,7 @@ _LOWEST, _MASK, _BITS, _WORD, _SYMBOL = (uint64(n) for n in (LOWEST_STATE, TOTAL
 _RECIPROCAL = 44
 _SHIFT = uint64(_RECIPROCAL)
 
+search_ceiling = njit(nogil=True, cache=True, error_model="numpy")(rans_ceiling.search_ceiling)
 fill_buckets = njit(nogil=True, cache=True, error_model="numpy")(rans_tables.fill_buckets)
 
 

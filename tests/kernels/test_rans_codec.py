@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from litropy.kernels import rans_stream, rans_tables
-from litropy.kernels.rans_ceiling import best_ceiling, encode_clipped, put_back, split_ceiling
+from litropy.kernels.rans_ceiling import best_ceiling, encode_clipped, put_back, search_ceiling, split_ceiling
 from litropy.kernels.rans_stream import LANES, batch_streams, encode_rans, parse_stream, states_bytes
 from litropy.kernels.rans_tables import TOTAL, alias_tables, decoding_table, encoding_tables, frequencies
 from litropy.kernels.rans_torch import decode_batch as decode_torch
@@ -153,7 +153,12 @@ def test_ceilings_make_planes_no_larger_and_sizes_are_known(alphabet, seed):
     symbols = np.minimum(rng.geometric(rng.uniform(0.05, 0.999), 30_000) - 1, alphabet - 1).astype(np.uint8)
     rare = rng.random(symbols.size) < 0.005
     symbols[rare] = rng.integers(0, alphabet, rare.sum())
-    ceiling, size = best_ceiling(np.bincount(symbols, minlength=256))
+    counts = np.bincount(symbols, minlength=256)
+    ceiling, size = best_ceiling(counts)
+    if numba_loops() is not None:
+        from litropy.kernels.rans_numba import search_ceiling as compiled
+
+        assert compiled(counts.astype(float)) == pytest.approx(search_ceiling(counts.astype(float)))
     plain = encode_rans(symbols)
     taken, coded = encode_clipped(symbols, SEGMENT)
     assert taken == ceiling
