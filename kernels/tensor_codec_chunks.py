@@ -90,9 +90,9 @@ def _put(data: Buffer, room: Bytes) -> int:
 def _put_frame(plane: Bytes, coder: Coder, room: Bytes) -> int:
     """A Zstandard frame, by our own encoder where matches are not worth a search."""
     if coder == "huffman" and numba_loops() is not None:
-        from litropy.kernels.zstd_literals import compress_literals
+        from litropy.kernels.zstd_literals import LEAST_BLOCK, compress_literals
 
-        if size := compress_literals(plane, room):
+        if plane.size >= LEAST_BLOCK and (size := compress_literals(plane, room)):
             return size
     return _put(zstd_bytes(plane, coder), room)
 

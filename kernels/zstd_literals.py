@@ -5,7 +5,8 @@ finds some nevertheless, by chance, and looks for them half of its time. Any dec
 
     frame    magic, descriptor, window of 128 KiB, u32 content size, blocks
     block    u24 (last, kind, bytes); one byte that is repeated, bytes as they are, or
-    coded    u40 (kind, sizes), weights of the symbols in 4 bits each, u16 [3] bytes of streams, 4 streams, no sequences
+    coded    u40 (kind, sizes), u8 weights, those in 4 bits each, u16 [3] bytes of streams, 4 streams, no sequences;
+             of more than 128 weights u8 tells the bytes that they take as ``zstd_weights``
 
 Reference: RFC 8878, sections 3.1.1 and 4.2.
 """
@@ -18,15 +19,20 @@ from numba import njit, types, uint32, uint64
 from numba.extending import intrinsic
 
 from litropy.kernels.tensor_codec_planes import Bytes, read_only
+from litropy.kernels.zstd_weights import compress_weights
 
-__all__ = ["compress_literals"]
+__all__ = ["LEAST_BLOCK", "compress_literals"]
 
 BLOCK = 1 << 17
-_MOST_BITS, _SYMBOLS = 11, 129
+_MOST_BITS, _SYMBOLS = 11, 256
+# weights of so many symbols take 4 bits each, those of more are coded themselves
+_PLAIN_WEIGHTS = 128
 # so that each of four streams has symbols, and the weights are few beside them
-_LEAST_BLOCK = 1024
+LEAST_BLOCK = 1024
 # of so few values a block is coded by a sample of it
 _CLOSE = 64
+# of more symbols, high ones among them, Zstandard's own encoder makes as much as quickly
+_FEW_SYMBOLS = 64
 _RAW, _REPEATED, _CODED = 0, 1, 2
 # magic; a window and 4 bytes of size; window
 _HEAD = np.array([0x28, 0xB5, 0x2F, 0xFD, 0x80, (17 - 10) << 3], np.uint8)
@@ -36,7 +42,7 @@ _threads = threading.local()
 def compress_literals(plane: Bytes, room: Bytes) -> int:
     """Write a frame of a plane [n], n < 2^32, to ``room``, of at least ``room_bytes(n)``; how many bytes it has.
 
-    None are written where the plane holds a byte above 128, whose weight would be written otherwise.
+    None are written where a block holds more than 64 symbols and bytes above 128 among them.
 
     Example:
         >>> exponents = np.random.default_rng(0).geometric(0.5, 300_000).astype(np.uint8)
@@ -53,7 +59,7 @@ def compress_literals(plane: Bytes, room: Bytes) -> int:
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _compress(symbols: Any, pairs: Any, out: Any, at: int) -> int:
-    """Blocks to ``out``; where they end, or 0 for symbols that are too high."""
+    """Blocks to ``out``; where they end, or 0 for symbols that are too high and too many."""
     counts = np.empty((8, 256), np.uint32)
     bits = np.empty(_SYMBOLS, np.int64)
     codes = np.zeros(256, np.uint64)
@@ -63,15 +69,15 @@ def _compress(symbols: Any, pairs: Any, out: Any, at: int) -> int:
         low, high = block[0], block[0]
         for i in range(block.size):
             low, high = min(low, block[i]), max(high, block[i])
-        if high >= _SYMBOLS:
-            return 0
         if low == high:
             at = _number(out, at, last | _REPEATED << 1 | block.size << 3, 3)
             out[at] = low
             at += 1
             continue
         size = block.size
-        if size >= _LEAST_BLOCK and _code_lengths(_count(block, low, high, counts), bits):
+        if size >= LEAST_BLOCK and _code_lengths(_count(block, low, high, counts), bits):
+            if high > _PLAIN_WEIGHTS and np.count_nonzero(bits) > _FEW_SYMBOLS:
+                return 0
             size = _coded_block(block, bits[: high + 1], codes, pairs, out[at + 3 :])
         if size < block.size:
             at = _number(out, at, last | _CODED << 1 | size << 3, 3) + size
@@ -174,16 +180,23 @@ def _coded_block(block: Any, bits: Any, codes: Any, pairs: Any, out: Any) -> int
                 value += 1
         value >>= 1
     _pair_codes(bits, codes, pairs)
-    at = 5
     # the last symbol's weight follows from the others'
-    out[at] = 127 + bits.size - 1
-    for symbol in range(0, bits.size - 1, 2):
-        first = longest + 1 - bits[symbol] if bits[symbol] else 0
-        second = longest + 1 - bits[symbol + 1] if symbol + 1 < bits.size - 1 and bits[symbol + 1] else 0
-        at += 1
-        out[at] = first << 4 | second
-    sizes = at + 1
-    at += 7
+    weights = np.empty(bits.size - 1, np.int64)
+    for symbol in range(weights.size):
+        weights[symbol] = longest + 1 - bits[symbol] if bits[symbol] else 0
+    at = 6
+    if weights.size <= _PLAIN_WEIGHTS:
+        out[5] = 127 + weights.size
+        for symbol in range(0, weights.size, 2):
+            out[at] = weights[symbol] << 4 | (weights[symbol + 1] if symbol + 1 < weights.size else 0)
+            at += 1
+    else:
+        out[5] = compress_weights(weights, out[at:])
+        at += out[5]
+        if at == 6:
+            return int(block.size)
+    sizes = at
+    at += 6
     quarter = (block.size + 3) // 4
     for k in range(4):
         length = _stream(block[k * quarter : (k + 1) * quarter], codes, pairs, out[at:])
