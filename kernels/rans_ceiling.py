@@ -51,19 +51,21 @@ def best_ceiling(counts: NDArray[Any]) -> tuple[int, float]:
         >>> best_ceiling(counts)[0], round(best_ceiling(counts)[1])
         (2, 35335)
     """
-    search: Any = search_ceiling
+    total = float(counts.sum())
     # where that is loaded already: compiled, it is fast, but loading takes longer than many searches
     if "litropy.kernels.rans_numba" in sys.modules:
-        from litropy.kernels.rans_numba import search_ceiling as search
-    ceiling, size, without = search(counts.astype(np.float64))
-    if without - size < _LEAST_SAVING * counts.sum():
-        return NO_CEILING, float(without)
-    return int(ceiling), float(size)
+        from litropy.kernels.rans_numba import search_ceiling as compiled
+
+        ceiling, size, without = compiled(counts.astype(np.float64), total)
+    else:
+        ceiling, size, without = search_ceiling(counts.astype(np.float64).tolist(), total)
+    if without - size < _LEAST_SAVING * total:
+        return NO_CEILING, without
+    return ceiling, size
 
 
-def search_ceiling(counts: Any) -> tuple[int, float, float]:
-    """The ceiling that saves most, bytes under it and bytes without one."""
-    total = counts.sum()
+def search_ceiling(counts: Any, total: float) -> tuple[int, float, float]:
+    """The ceiling that saves most, bytes under it and bytes without one; of counts and their sum."""
     # of the bytes below a ceiling: their number, slots (at least one, which then share what there is) and bits
     alphabet, slots, bits, above = 0, 0.0, 0.0, total
     best, least = NO_CEILING, np.inf
