@@ -133,7 +133,11 @@ def histogram(symbols: Any) -> Any:
             counts[k, eight[k]] += one
     for i in range(whole, symbols.size):
         counts[0, symbols[i]] += one
-    return counts.sum(0).astype(np.int64)
+    total = np.zeros(256, np.int64)
+    for row in counts:
+        for symbol in range(256):
+            total[symbol] += row[symbol]
+    return total
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
