@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from litropy.kernels.host_memory import empty
+from litropy.kernels.host_memory import Rooms, empty
 from litropy.kernels.in_order import in_order
 from litropy.kernels.tensor_codec_base import base_chunk, fitting_base, plan_base
 from litropy.kernels.tensor_codec_batch import decode_window, window_chunks
@@ -203,14 +203,19 @@ def encode_tensor(
     # payloads side by side, in large pages, which take less time to be had; what is left over was never touched
     memory = np.empty(room_bytes(layout.nbytes + layout.num_chunks), np.uint8)
     ends = [0]
-    if min(threads, layout.num_chunks) > 1:
-        for payload in encode_chunks(tensor, plan, base=base, threads=threads):
-            memory[ends[-1] : ends[-1] + len(payload)] = np.frombuffer(payload, np.uint8)
-            ends.append(ends[-1] + len(payload))
-    else:
-        for index in range(layout.num_chunks):
-            values, others = flat_chunk(tensor, layout, index), plan_base(base, plan, index)
-            ends.append(ends[-1] + encode_chunk_into(values, plan, memory[ends[-1] :], base=others))
+    rooms, in_place = Rooms(), threads <= 1
+
+    def encode(index: int) -> tuple[Bytes, int]:
+        values, others = flat_chunk(tensor, layout, index), plan_base(base, plan, index)
+        room = memory[ends[-1] :] if in_place else rooms.take(room_bytes(values.nbytes))
+        return room, encode_chunk_into(values, plan, room, base=others)
+
+    for room, size in in_order(encode, range(layout.num_chunks), threads):
+        if not in_place:
+            memory[ends[-1] : ends[-1] + size] = room[:size]
+            rooms.give(room)
+        ends.append(ends[-1] + size)
+    # views that are still there are not looked at any more
     memory.resize(ends[-1], refcheck=False)
     memory.setflags(write=False)
     return EncodedTensor(layout, plan.codec, tuple(memory.data[a:b] for a, b in itertools.pairwise(ends)))

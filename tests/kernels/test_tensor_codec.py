@@ -174,6 +174,39 @@ def test_threads_change_nothing(long):
     assert_same_bits(decode_chunks(alone, plan.layout, threads=3), long)
 
 
+@pytest.mark.parametrize("codec", ["auto", "rans", "raw"])
+def test_payloads_that_lie_side_by_side_are_those_that_come_one_by_one(codec):
+    x = weights(3, 900_001)
+    x[1] = 3.0  # of which less is left than of the others
+    plan = plan_tensor(x, codec=codec)
+    alone = list(encode_chunks(x, plan))
+    assert len(alone) == 3
+    for threads in (1, 2, 3):
+        encoded = encode_tensor(x, codec=codec, threads=threads)
+        assert list(encoded.chunks) == alone
+        assert encoded.nbytes == sum(map(len, alone))
+        assert all(memoryview(payload).readonly for payload in encoded.chunks)
+        assert_same_bits(decode_tensor(encoded, threads=threads), x)
+
+
+@pytest.mark.parametrize("codec", ["zstd", "rans"])
+def test_a_chunk_may_be_of_another_kind_than_the_sample(codec):
+    """Planes that repeat one byte or cannot be coded, among planes that stay as they are."""
+    plan = plan_tensor(weights(70_000, dtype=torch.float32), codec=codec)
+    assert plan.coders[1:] == ("raw",) * 3
+    rounded = weights(70_000).float()  # of which plane 2 is zeros
+    middle = (rounded.view(torch.int32) | 0x5500).view(torch.float32)
+    noise = random_bits(torch.float32, 70_000)
+    some_noise = (noise.view(torch.int32) & ~0x7F80).view(torch.float32)
+    for x in (rounded, middle, noise, some_noise, torch.full((70_000,), 0.1), rounded[:1], noise[:3]):
+        payload = encode_chunk(x, plan)
+        layout = TensorLayout(x.dtype, x.shape, False, plan.layout.chunk_elements)
+        assert len(payload) <= layout.max_payload_bytes(0)
+        assert_same_bits(decode_chunk(payload, layout, 0), x)
+    assert len(encode_chunk(rounded, plan)) < 2.4 * rounded.numel()
+    assert len(encode_chunk(some_noise, plan)) < 3 * rounded.numel() + 100
+
+
 def test_writing_streams(long):
     """No more than threads + 1 payloads are made ahead of the one that is taken."""
     plan = plan_tensor(long, chunk_bytes=SMALL)
