@@ -31,7 +31,7 @@ _NOISE = 7.96
 # where a byte is so likely that Huffman codes, of a bit at least, are too long, and below two bits, matches save more,
 # so that is tried
 _LEAST_BITS, _MOST_LIKELY = 2.0, 0.4
-# bytes above are not coded by our own encoder of Huffman codes
+# bytes from here on are not coded by our own encoder of Huffman codes
 _SYMBOLS = 129
 # bytes that a Zstandard frame has without its content, and a table of Huffman codes with its block
 _FRAME, _TABLE, _BLOCK_BYTES = 13, 14, 1 << 17
@@ -99,10 +99,7 @@ def choose_coders(
             elif coder == "huffman":
                 if sample.entropy <= _LEAST_BITS or sample.likeliest > _MOST_LIKELY:
                     continue
-                sizes[coder] = sample.huffman
-                # Zstandard's own encoder, which takes all bytes, gets no smaller: is rANS anyway?
-                if sample.high and ("rans" not in candidates or sample.huffman - sample.rans <= least["rans"]):
-                    sizes[coder] = sample.frame(coder)
+                sizes[coder] = sample.frame(coder) if sample.high else sample.huffman
             elif coder == "groups":
                 # of the exponent alone: elsewhere there is no scale
                 if kind != ROTATE or chosen:
@@ -150,12 +147,12 @@ class _Sample:
     def entropy(self) -> float:
         return min(_entropy(self.counts) + self.unseen, 8.0)
 
-    @cached_property
+    @property
     def rans(self) -> float:
         stream = best_ceiling(self.counts * (self.chunk / self.plane.size))[1] / self.chunk
         return (stream + self.unseen / 8) * self.words + states_bytes(self.words, self.segment)
 
-    @cached_property
+    @property
     def huffman(self) -> float:
         tables = -(-self.words // _BLOCK_BYTES) * (_TABLE + np.count_nonzero(self.counts) / 2)
         return (_huffman_bits(self.counts) + self.unseen) / 8 * self.words + tables
