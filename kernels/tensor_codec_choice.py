@@ -31,8 +31,8 @@ _NOISE = 7.96
 # where a byte is so likely that Huffman codes, of a bit at least, are too long, and below two bits, matches save more,
 # so that is tried
 _LEAST_BITS, _MOST_LIKELY = 2.0, 0.4
-# bytes from here on are not coded by our own encoder of Huffman codes
-_SYMBOLS = 129
+# more symbols than these, bytes from there on among them, our own encoder of Huffman codes leaves to Zstandard's
+_FEW_SYMBOLS, _HIGH = 64, 129
 # bytes that a Zstandard frame has without its content, and a table of Huffman codes with its block
 _FRAME, _TABLE, _BLOCK_BYTES = 13, 14, 1 << 17
 # the least share of a tensor's bytes that a plane's coder must save to be taken: any at all over raw bytes, LZ matches
@@ -99,7 +99,7 @@ def choose_coders(
             elif coder == "huffman":
                 if sample.entropy <= _LEAST_BITS or sample.likeliest > _MOST_LIKELY:
                     continue
-                sizes[coder] = sample.frame(coder) if sample.high else sample.huffman
+                sizes[coder] = sample.frame(coder) if sample.diverse else sample.huffman
             elif coder == "groups":
                 # of the exponent alone: elsewhere there is no scale
                 if kind != ROTATE or chosen:
@@ -132,9 +132,9 @@ class _Sample:
         return int(self.counts.max()) / self.plane.size
 
     @property
-    def high(self) -> bool:
-        """Whether bytes occur that our own encoder of Huffman codes does not take."""
-        return bool(self.counts[_SYMBOLS:].any())
+    def diverse(self) -> bool:
+        """Whether Zstandard's encoder of Huffman codes gets it."""
+        return bool(np.count_nonzero(self.counts) > _FEW_SYMBOLS and self.counts[_HIGH:].any())
 
     @cached_property
     def unseen(self) -> float:
