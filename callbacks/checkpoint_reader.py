@@ -14,7 +14,7 @@ import xxhash
 from torch import Tensor
 
 from litropy.callbacks.checkpoint_header import Header, read_header
-from litropy.callbacks.checkpoint_record import Record, read_record, tensor_bytes
+from litropy.callbacks.checkpoint_record import SMALL_BYTES, Record, read_record, tensor_bytes
 from litropy.kernels.host_memory import empty
 from litropy.kernels.in_order import in_order
 from litropy.kernels.tensor_codec import TensorLayout, decode_chunk, decode_chunks
@@ -179,7 +179,7 @@ class CheckpointFile:
                 for index in range(max(record.layout.num_chunks, 1)):
                     yield name, record, out, index
 
-        with closing(in_order(self._decode_piece, pieces(), threads)) as decoded:
+        with closing(in_order(self._decode_piece, pieces(), threads, _is_small)) as decoded:
             for name, record, out, index in decoded:
                 if record.layout.numel and progress is not None:
                     progress(_chunk_bytes(record.layout, index))
@@ -308,6 +308,10 @@ class _Naming:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, ValueError) and not str(error).startswith(self.what):
             raise ValueError(f"{self.what} cannot be read: {error}.") from error
+
+
+def _is_small(piece: tuple[str, Record, Tensor, int]) -> bool:
+    return piece[1].layout.nbytes <= SMALL_BYTES
 
 
 def _chunk_bytes(layout: TensorLayout, index: int) -> int:

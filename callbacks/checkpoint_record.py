@@ -13,6 +13,7 @@ from torch import Tensor
 from litropy.kernels.tensor_codec import DTYPES, TensorLayout, decode_chunks
 
 __all__ = [
+    "SMALL_BYTES",
     "ReadBytes",
     "Record",
     "decode_record",
@@ -31,6 +32,7 @@ _MAGIC, _VERSION = b"LTRP", 1
 _INDEX = np.dtype([("length", "<u4"), ("checksum", "<u8")])
 _CHECKSUM_BYTES = 8
 _MOST_CHUNK_BYTES = 64 * 2**20  # what a reader may have to hold
+SMALL_BYTES = 1 << 16  # tensors up to here take less time than to hand them over to another thread
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from litropy.callbacks.checkpoint_atomic import atomic_write
 from litropy.callbacks.checkpoint_header import Region, parse_header, render_header
 from litropy.callbacks.checkpoint_reader import CheckpointFile
-from litropy.callbacks.checkpoint_record import head_bytes, most_bytes, render_head, tensor_bytes
+from litropy.callbacks.checkpoint_record import SMALL_BYTES, head_bytes, most_bytes, render_head, tensor_bytes
 from litropy.kernels.host_memory import Rooms
 from litropy.kernels.in_order import in_order
 from litropy.kernels.tensor_codec import TensorPlan, encode_chunk_into, flat_chunk, plan_tensor
@@ -56,6 +56,7 @@ class _Planned:
 
 @dataclass(frozen=True)
 class _Coded:
+    values: Tensor
     room: NDArray[np.uint8]
     payload: memoryview
     checksum: int
@@ -72,7 +73,7 @@ def write_checkpoint(
     progress: Callable[[int], None] | None = None,
     before_rename: Callable[[], None] | None = None,
 ) -> Written:
-    """Write tensors and state, whole or not at all; ``threads`` + 1 chunks are held at most.
+    """Write tensors and state, whole or not at all; ``threads`` + 2 chunks are held at most, coded and not.
 
     Args:
         tensors: of any device, strides and sharing; a tensor that is the same view as another is stored once.
@@ -100,7 +101,7 @@ def write_checkpoint(
     regions: dict[str, Region] = {}
     checksums: dict[str, str] = {}
     rooms = Rooms()
-    with atomic_write(path) as file, closing(in_order(partial(_encode, rooms), pieces, threads)) as coded:
+    with atomic_write(path) as file, closing(in_order(partial(_encode, rooms), pieces, threads, _is_small)) as coded:
         file.seek(room)
         for name, plan in planned.items():
             start = file.tell() - room
@@ -168,13 +169,17 @@ def _plan(name: str, tensor: Tensor, codec: Codec, base: CheckpointFile | None) 
     return _Planned(tensor, alone, None)
 
 
+def _is_small(piece: tuple[_Planned, int]) -> bool:
+    return piece[0].plan.layout.nbytes <= SMALL_BYTES
+
+
 def _encode(rooms: Rooms, piece: tuple[_Planned, int]) -> _Coded:
     planned, index = piece
     values = flat_chunk(planned.tensor, planned.plan.layout, index)
     room = rooms.take(room_bytes(values.nbytes))
     size = encode_chunk_into(values, planned.plan, room, base=plan_base(planned.base, planned.plan, index))
     payload = room[:size].data
-    return _Coded(room, payload, xxhash.xxh3_64_intdigest(payload))
+    return _Coded(values, room, payload, xxhash.xxh3_64_intdigest(payload))
 
 
 def _write_tensor(
@@ -193,7 +198,7 @@ def _write_tensor(
     file.seek(start + room)
     for index, chunk in enumerate(islice(coded, layout.num_chunks)):
         first, last = layout.chunk_range(index)
-        digest.update(tensor_bytes(flat_chunk(planned.tensor, layout, index)))
+        digest.update(tensor_bytes(chunk.values))
         file.write(chunk.payload)
         lengths.append(len(chunk.payload))
         checksums.append(chunk.checksum)

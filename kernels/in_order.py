@@ -2,24 +2,31 @@
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 __all__ = ["in_order"]
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
+# items that wait, small ones and others
+_MOST_WAITING = 64
 
 
 def in_order(
-    function: Callable[[_Item], _Result], items: Iterable[_Item], threads: int
+    function: Callable[[_Item], _Result],
+    items: Iterable[_Item],
+    threads: int,
+    is_small: Callable[[_Item], bool] = lambda item: False,
 ) -> Generator[_Result, None, None]:
     """What a function makes of each item, in their order.
 
     Args:
         function: should release the GIL for most of its time.
-        items: taken one by one, ``threads`` + 1 ahead of what was asked for at most.
+        items: taken one by one, ``threads`` + 1 ahead of what was asked for at most, beside small ones.
         threads: how many items at once; one works in the caller's thread, and nothing ahead.
+        is_small: whether to hand an item over would take longer than its work, which is the caller's then.
 
     Yields:
         One result an item.
@@ -31,11 +38,16 @@ def in_order(
     if threads <= 1:
         yield from map(function, items)
         return
-    waiting: deque[Future[_Result]] = deque()
+    waiting: deque[tuple[Callable[[], _Result], bool]] = deque()
+    ahead = 0
     with ThreadPoolExecutor(threads) as pool:
         for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > threads:
-                yield waiting.popleft().result()
+            small = is_small(item)
+            waiting.append((partial(function, item) if small else pool.submit(function, item).result, small))
+            ahead += not small
+            while ahead > threads or len(waiting) > _MOST_WAITING:
+                result, small = waiting.popleft()
+                ahead -= not small
+                yield result()
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting.popleft()[0]()

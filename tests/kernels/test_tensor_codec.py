@@ -382,3 +382,22 @@ class TestWrongCalls:
                 decode_tensor(delta, base=wrong)
         with pytest.raises(ValueError, match="chunk of the base"):
             decode_tensor(delta, base=lambda _: long[1:])
+
+
+def test_results_come_in_order_and_small_items_take_no_threads_place():
+    from litropy.kernels.in_order import in_order
+
+    begun, own = [], threading.get_ident()
+
+    def work(item):
+        begun.append(item)
+        return item, threading.get_ident() == own
+
+    items = [3, -1, -2, 4, -3, 5, 6, *range(-200, -100), 7]
+    assert list(in_order(work, items, 1)) == [(item, True) for item in items]
+    assert list(in_order(work, items, 2, lambda item: item < 0)) == [(item, item < 0) for item in items]
+    taken = []
+    results = in_order(work, (taken.append(item) or item for item in items), 2, lambda item: item < 0)
+    assert next(results) == (3, False)
+    assert taken == [3, -1, -2, 4, -3, 5]
+    results.close()
