@@ -19,7 +19,7 @@ def rows(width, seed=0):
     return z
 
 
-@pytest.mark.parametrize("width", [1, 40, 1000, 5003])
+@pytest.mark.parametrize("width", [1, 40, 1000, 4096, 5003])
 @pytest.mark.parametrize("k", [1, 32, 101])
 def test_likeliest_are_those_of_topk(width, k):
     z = rows(width)
@@ -31,6 +31,11 @@ def test_likeliest_are_those_of_topk(width, k):
     half = z.bfloat16()  # NumPy does not know it
     assert torch.equal(likeliest(half, k)[0], half.topk(min(k, width), 1).values)
     assert torch.equal(greatest(half, k), half.topk(min(k, width), 1).values)
+
+
+def test_greatest_of_more_than_fits_a_cache():
+    z = rows(90001).float()
+    assert torch.equal(greatest(z, 101), z.topk(101, 1).values)
 
 
 @pytest.mark.parametrize("width", [5, 3001])
