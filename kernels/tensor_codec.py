@@ -144,8 +144,10 @@ def encode_chunk_into(values: Tensor, plan: TensorPlan, room: Bytes, *, base: Te
         How many bytes the payload has, which is what ``encode_chunk`` gives.
 
     Raises:
-        ValueError: as ``encode_chunk`` does.
+        ValueError: as ``encode_chunk`` does, and when the room is too small.
     """
+    if room.size < room_bytes(values.nbytes):
+        raise ValueError(f"{room.size} bytes of room are too few: `room_bytes` says {room_bytes(values.nbytes)}.")
     others = fitting_base(base, plan.layout, len(values)) if plan.coders else None
     return write_chunk(words(values), plan, None if others is None else words(others), room)
 

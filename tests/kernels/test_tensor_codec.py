@@ -17,12 +17,13 @@ from litropy.kernels.tensor_codec import (
     decode_chunks,
     decode_tensor,
     encode_chunk,
+    encode_chunk_into,
     encode_chunks,
     encode_tensor,
     flat_chunk,
     plan_tensor,
 )  # fmt: skip
-from litropy.kernels.tensor_codec_layout import SEGMENT
+from litropy.kernels.tensor_codec_layout import SEGMENT, room_bytes
 from litropy.kernels.tensor_codec_planes import (
     merge_planes,
     merge_planes_torch,
@@ -187,6 +188,15 @@ def test_payloads_that_lie_side_by_side_are_those_that_come_one_by_one(codec):
         assert encoded.nbytes == sum(map(len, alone))
         assert all(memoryview(payload).readonly for payload in encoded.chunks)
         assert_same_bits(decode_tensor(encoded, threads=threads), x)
+
+
+def test_a_chunk_is_coded_into_room_that_is_large_enough():
+    x = weights(70_000)
+    plan, need = plan_tensor(x), room_bytes(x.nbytes)
+    room = np.zeros(need, np.uint8)
+    assert room[: encode_chunk_into(x, plan, room)].tobytes() == encode_chunk(x, plan)
+    with pytest.raises(ValueError, match=f"{need - 1} bytes of room are too few: `room_bytes` says {need}"):
+        encode_chunk_into(x, plan, room[1:])
 
 
 @pytest.mark.parametrize("codec", ["zstd", "rans"])
