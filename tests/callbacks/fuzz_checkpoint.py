@@ -54,6 +54,11 @@ def seeds(folder):
         for k, x in enumerate(tensors.values()):
             (folder / f"chunk_{codec}_{k}").write_bytes(bytes([1 + k]) + encode_tensor(x, codec=codec).chunks[0])
     (folder / "file").unlink()
+    # exponents against the scale of their group; bytes under a ceiling
+    groups = values * 2.0 ** (-6 * (torch.arange(COUNT) // 128))
+    moved, base = (values + 1e-4 * torch.randn(COUNT, generator=generator)).bfloat16(), values.bfloat16()
+    (folder / "chunk_groups").write_bytes(bytes([1 + 1]) + encode_tensor(groups, codec="zstd").chunks[0])
+    (folder / "chunk_ceiling").write_bytes(bytes([1]) + encode_tensor(moved, codec="rans", base=base).chunks[0])
 
 
 def main(folder, seconds):
