@@ -31,22 +31,26 @@ def likeliest(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if not _is_selected_by_numpy(z):
         found = z.topk(k, 1)
         return found.values, found.indices
-    # about as many blocks as the entries of k blocks; a power of two divides most vocabularies
-    depth = 1 << (max(1, V // k).bit_length() - 1) // 2
-    if depth < _DEPTH:
-        places = _greatest(z, k)
-    else:
-        blocks = V // depth
-        even = depth * blocks
-        # block b holds the columns b, b + blocks, ..., so that the maxima are taken of whole vectors
-        block = _greatest(z[:, :even].unflatten(1, (depth, blocks)).amax(1), k)
-        places = (block[:, None] + torch.arange(0, even, blocks)[:, None]).flatten(1)
-        if even < V:
-            places = torch.cat([places, torch.arange(even, V).expand(len(z), -1)], 1)
-        places = places.gather(1, _greatest(z.gather(1, places), k))
+    places = _candidates(z, k)
+    places = _greatest(z, k) if places is None else places.gather(1, _greatest(z.gather(1, places), k))
     values = z.gather(1, places)
     order = torch.from_numpy(np.argsort(-values.detach().numpy(), 1))
     return values.gather(1, order), places.gather(1, order)
+
+
+def _candidates(z: Tensor, k: int) -> Tensor | None:
+    """Places [n, m] among which the k greatest entries of each row of z [n, V] are; None if all are."""
+    V = z.shape[1]
+    # about as many blocks as the entries of k blocks; a power of two divides most vocabularies
+    depth = 1 << (max(1, V // k).bit_length() - 1) // 2
+    if depth < _DEPTH:
+        return None
+    blocks = V // depth
+    even = depth * blocks
+    # block b holds the columns b, b + blocks, ..., so that the maxima are taken of whole vectors
+    block = _greatest(z[:, :even].unflatten(1, (depth, blocks)).amax(1), k)
+    places = (block[:, None] + torch.arange(0, even, blocks)[:, None]).flatten(1)
+    return torch.cat([places, torch.arange(even, V).expand(len(z), -1)], 1) if even < V else places
 
 
 def _is_selected_by_numpy(z: Tensor) -> bool:
@@ -100,17 +104,20 @@ def first_likeliest(z: Tensor, behind: Callable[[Tensor, Tensor], Tensor]) -> tu
 
 
 def greatest(z: Tensor, k: int) -> Tensor:
-    """``likeliest`` without the places: in less time where z fits the cache.
+    """``likeliest`` without the places, in less time.
 
     Example::
 
         >>> greatest(torch.tensor([[1.0, 3.0, 2.0]]), 2)
         tensor([[3., 2.]])
     """
-    if z.numel() > _CACHED or not _is_selected_by_numpy(z):
-        return likeliest(z, k)[0]
-    first = max(0, z.shape[1] - k)
-    found = np.partition(z.detach().numpy(), first, 1)[:, first:]
+    k = min(k, z.shape[1])
+    if not _is_selected_by_numpy(z):
+        return z.topk(k, 1).values
+    places = _candidates(z, k) if z.numel() > _CACHED else None
+    few = z if places is None else z.gather(1, places)
+    first = few.shape[1] - k
+    found = np.partition(few.detach().numpy(), first, 1)[:, first:] if first else few.detach().numpy().copy()
     found.sort(1)
     return torch.from_numpy(found).flip(1)
 

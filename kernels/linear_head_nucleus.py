@@ -46,17 +46,29 @@ def nucleus_entries(z: Tensor, stats: RowStats, g: Tensor) -> Entries | None:
     row, block = (greatest >= boundary).nonzero(as_tuple=True)
     if len(row) * _DEPTH > _FEW * n * v:
         return None
-    columns = block[:, None] + blocks * torch.arange(_DEPTH)
+    columns = block[:, None] + torch.arange(0, _DEPTH * blocks, blocks)
     place, depth = (z[row[:, None], columns] >= boundary[row]).nonzero(as_tuple=True)
-    last_row, last = (z[:, _DEPTH * blocks :] >= boundary).nonzero(as_tuple=True)
-    return Entries(torch.cat([row[place], last_row]), torch.cat([columns[place, depth], last + _DEPTH * blocks]))
+    rows, columns = row[place], columns[place, depth]
+    if _DEPTH * blocks < v:
+        last_rows, last = (z[:, _DEPTH * blocks :] >= boundary).nonzero(as_tuple=True)
+        rows, columns = torch.cat([rows, last_rows]), torch.cat([columns, last + _DEPTH * blocks])
+    return Entries(rows, columns)
 
 
-def nucleus_factor(logp: Tensor, stats: RowStats, g: Tensor) -> Tensor:
-    """What p is to be multiplied by inside of a nucleus, ``-g (log q + H) / A``, for ``log p`` [n, v] of rows [n]."""
-    slope = (-g * (-stats.nucleus_log_mass).exp())[:, None]
-    offset = (stats.nucleus_entropy - stats.nucleus_log_mass)[:, None]
-    return torch.addcmul(offset * slope, logp, slope)
+def nucleus_factor(logp: Tensor, stats: RowStats, g: Tensor, entries: Entries | None = None) -> Tensor:
+    """What p is to be multiplied by inside of a nucleus, ``-g (log q + H) / A``, for ``log p`` of rows.
+
+    Args:
+        logp: of all entries [n, v], or of some [m].
+        stats: of the rows [n].
+        g: cotangent of the nucleus' entropy [n].
+        entries: which these are; None for all.
+    """
+    slope = -g * (-stats.nucleus_log_mass).exp()
+    offset = (stats.nucleus_entropy - stats.nucleus_log_mass) * slope
+    if entries is None:
+        return torch.addcmul(offset[:, None], logp, slope[:, None])
+    return torch.addcmul(offset[entries.rows], logp, slope[entries.rows])
 
 
 def nucleus_gradient(z: Tensor, logp: Tensor, p: Tensor, stats: RowStats, g: Tensor) -> tuple[Entries, Tensor] | None:
@@ -64,5 +76,4 @@ def nucleus_gradient(z: Tensor, logp: Tensor, p: Tensor, stats: RowStats, g: Ten
     entries = nucleus_entries(z, stats, g)
     if entries is None:
         return None
-    rows = entries.rows
-    return entries, nucleus_factor(logp[entries][:, None], stats.of_rows(rows), g[rows])[:, 0] * p[entries]
+    return entries, nucleus_factor(logp[entries], stats, g, entries) * p[entries]

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from litropy.kernels.likeliest import likeliest
+from litropy.kernels.likeliest import greatest
 from litropy.kernels.linear_head_types import RowStats, Want
 
 __all__ = ["quick_nucleus", "rank_rows"]
@@ -62,7 +62,7 @@ def quick_nucleus(z: Tensor, stats: RowStats, want: Want) -> None:
     found = [torch.empty_like(lse) for _ in range(4)]
     rows, count = torch.arange(len(z)), _NUCLEUS
     while len(rows):
-        top, _ = likeliest(z if len(rows) == len(z) else z[rows], count)
+        top = greatest(z if len(rows) == len(z) else z[rows], count)
         part = _nucleus(top, lse[rows], want, None)
         for whole, mine in zip(found, part, strict=True):
             whole[rows] = mine
