@@ -1,5 +1,6 @@
 """What a measurement has to say about where and when it was made."""
 
+import ctypes
 import datetime
 import importlib.metadata
 import os
@@ -70,6 +71,16 @@ def describe(device: str) -> dict[str, Any]:
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
+
+
+def keep_memory() -> bool:
+    """Let the process keep what it frees, or page faults, whose time varies, would count; whether the system can."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    trim_threshold, mmap_max = -1, -4  # of GNU's C library
+    return bool(mallopt(trim_threshold, 2**31 - 1)) and bool(mallopt(mmap_max, 0))
 
 
 def slug(hardware: str) -> str:

@@ -8,7 +8,8 @@ the slots, then GRPO again, in another order each round. A step is compared with
 A method that is no sampler gets the same responses each time, as it has no part in writing them; samplers write, and
 are compared with plain sampling. A reference model has a row of its own, the forward pass that it is there for; what
 needs one is compared with GRPO beside it. What is added is given as a share of a whole step (responses, statistics,
-two optimiser steps) and of the update alone, which is all but the writing.
+two optimiser steps) and of the update alone, which is all but the writing. The process keeps the memory that it frees:
+fetching it anew from the system takes a time that varies by more than a method costs.
 """
 
 import argparse
@@ -27,7 +28,7 @@ import yaml
 from jsonargparse import ActionConfigFile
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
-from machine import describe, slug
+from machine import describe, keep_memory, slug
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
@@ -355,6 +356,7 @@ def main() -> None:
         "length": length,
         "rounds": rounds,
         "clock": clock.__name__,
+        "keeps_memory": keep_memory(),
         "how": "added_ms: median over rounds of (step - mean of the steps of `beside` before and after it); error_ms:"
         " its standard error; of_step, of_update: shares of the medians of GRPO's",
         "machine": machine,
