@@ -7,7 +7,7 @@ several threads need not wait for the rest. Layout, base and payloads are all th
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -146,6 +146,10 @@ class EncodedTensor:
     def nbytes(self) -> int:
         """Bytes of all payloads."""
         return sum(map(len, self.chunks))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Payloads may be views of one block of memory, which cannot be pickled."""
+        return EncodedTensor, (self.layout, self.codec, tuple(map(bytes, self.chunks)))
 
 
 def flat_chunk(tensor: Tensor, layout: TensorLayout, index: int) -> Tensor:

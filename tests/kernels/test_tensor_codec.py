@@ -1,5 +1,6 @@
 """Tensors come back bit for bit, whatever their dtype, shape, strides and values, from every codec and decoder."""
 
+import pickle
 import threading
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from litropy.kernels.tensor_codec_planes import (
     split_planes,
     transform,
     words,
-)  # fmt: skipfrom litropy.kernels.tensor_codec_sparse import drop_zeros, put_zeros, put_zeros_torch, unpack_kept
+)
 
 CODECS = ("auto", "zstd", "rans", "raw")
 IMPLS = ("torch",) if numba_loops() is None else ("numba", "torch")
@@ -99,6 +100,13 @@ def test_random_bits_come_back(dtype, impl):
                 encoded = encode_tensor(x, codec=codec, base=base)
                 assert encoded.nbytes <= encoded.layout.nbytes + encoded.layout.num_chunks
                 assert_same_bits(decode_tensor(encoded, base=base, impl=impl), x)
+
+
+@pytest.mark.parametrize("count", [100, 3_000_000])
+def test_what_is_encoded_can_be_pickled(count):
+    x = torch.randn(count, generator=torch.Generator().manual_seed(0)).bfloat16()
+    encoded = pickle.loads(pickle.dumps(encode_tensor(x)))
+    assert_same_bits(decode_tensor(encoded), x)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64, torch.float8_e4m3fn], ids=str)
