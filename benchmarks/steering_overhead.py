@@ -274,6 +274,9 @@ def measure(
             max_new_tokens=length,
             mini_batch_size=max(1, prompts // 2),
             micro_batch_size=max(1, prompts * group_size // 4),
+            # the policy stays the one that wrote the responses: hundreds of steps on the same ones would lead away from
+            # it, and weights that are tiny then make numbers that a CPU is slow with
+            learning_rate=1e-12,
             engine=engine,
         )
         turns = Turns(order, modules, engine, clock)
